@@ -1,0 +1,240 @@
+"""Noise and time: how data is mixed with noise, how a network's prediction is read, how samples are
+drawn.
+
+    Sec. 2  Flow, DDPM      x_t = alpha(t) x0 + sigma(t) eps, and the prediction as x0 or eps
+    Sec. 2  guided          classifier-free or embedded guidance, the only place that knows which
+    Sec. 4  sample_x0       few-step sampling: estimate x0, noise it again to the next anchor
+    Sec. 4  sample_ode      deterministic sampling: Euler for Flow, DDIM for DDPM
+            Rng, draw_t     random numbers, a function of (seed, step, purpose, sample)
+
+A denoiser is anything called as `net(x_t, t, cond)` that returns its prediction in the shape of x_t
+(B, C, H, W) and carries `net.schedule`. Time t is (B,) in [0, 1], 1 is noise, after any resolution
+shift. `cond` is a dict of tensors that this file never looks into. Knows nothing of devices, files,
+ranks or configuration.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+Cond = dict[str, Tensor]
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), so that it multiplies `like` (B, ...)."""
+    return value.reshape(-1, *[1] * (like.ndim - 1))
+
+
+# --- schedules -----------------------------------------------------------------------------------
+
+
+class Flow:
+    """Rectified flow: x_t = (1 - t) x0 + t eps; the network predicts the velocity v = eps - x0."""
+
+    def __init__(self, shift: float = 1.0):
+        self.shift = shift
+
+    def warp(self, u: Tensor) -> Tensor:
+        """Unshifted times (B,) -> the times the network sees, resolution-shifted."""
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return per_sample(1 - t, x0) * x0 + per_sample(t, x0) * eps
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What the network should predict."""
+        return eps - x0
+
+    def x0(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return x_t - per_sample(t, x_t) * v
+
+    def eps(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return x_t + per_sample(1 - t, x_t) * v
+
+    def step(self, x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """Euler: keep x0 and eps, move t. (The same as noise(x0, eps, t_next), in one product.)"""
+        return x_t + per_sample(t_next - t, x_t) * v
+
+
+class DDPM:
+    """Variance-preserving diffusion of SD 1.5 and SDXL: the network predicts eps.
+
+    t = index / 1000 into the scaled-linear table (0.00085 .. 0.012, 1000 entries); t = 0 is clean
+    data. The last entry is not quite pure noise: alpha(.999) = sqrt(.00466).
+    """
+
+    def __init__(self):
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.alpha_bar = torch.cumprod(1 - betas, dim=0)  # (1000,)
+
+    def warp(self, u: Tensor) -> Tensor:
+        return u
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        index = (t.double() * 1000).round().long().clamp(0, 999)
+        table = self.alpha_bar.to(t.device)[index]
+        return torch.where(t > 0, table, torch.ones_like(table))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha_bar(t).sqrt().float()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._alpha_bar(t)).sqrt().float()
+
+    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What the network should predict."""
+        return eps
+
+    def x0(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return (x_t - per_sample(self.sigma(t), x_t) * eps) / per_sample(self.alpha(t), x_t)
+
+    def eps(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps
+
+    def step(self, x_t: Tensor, eps: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """DDIM: keep x0 and eps, move t."""
+        return self.noise(self.x0(x_t, eps, t), eps, t_next)
+
+
+# --- guidance ------------------------------------------------------------------------------------
+
+
+def guided(
+    net: Callable,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    uncond: Cond | None,
+    guidance: Tensor | float | None,
+) -> Tensor:
+    """The guided prediction, in the shape of x_t.
+
+    guidance: scale, a float or (B,); None means no guidance. With `uncond` it is classifier-free,
+    uncond + g (cond - uncond), in one batched call; without, the network takes the scale as an
+    input (FLUX.1-dev).
+    """
+    if guidance is None:
+        return net(x_t, t, cond)
+    g = torch.as_tensor(guidance, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+    if uncond is None:
+        return net(x_t, t, cond | {"guidance": g})
+    both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+    yes, no = net(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return no + per_sample(g, x_t).to(no.dtype) * (yes - no)
+
+
+# --- samplers ------------------------------------------------------------------------------------
+
+
+def grid(schedule: Flow | DDPM, steps: int) -> list[float]:
+    """`steps` times from pure noise, evenly spaced before the shift: 1, 1 - 1/N, ...
+
+    (the clean end is not in it).
+    """
+    u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    return schedule.warp(u).tolist()
+
+
+@torch.no_grad()
+def sample_x0(
+    net: Callable,
+    eps: Tensor,
+    cond: Cond,
+    taus: Iterable[float],
+    uncond: Cond | None = None,
+    guidance: float | None = None,
+    generators: list[torch.Generator] | None = None,
+) -> Tensor:
+    """Each anchor:
+
+    estimate x0, noise it again (fresh noise) to the next one. eps, result: (B, C, H, W).
+    """
+    x0 = None
+    for tau in taus:
+        t = eps.new_full((len(eps),), tau)
+        x_t = eps if x0 is None else net.schedule.noise(x0, normal(eps, generators), t)
+        x0 = net.schedule.x0(x_t, guided(net, x_t, t, cond, uncond, guidance), t)
+    return x0
+
+
+@torch.no_grad()
+def sample_ode(
+    net: Callable,
+    eps: Tensor,
+    cond: Cond,
+    taus: Iterable[float],
+    uncond: Cond | None = None,
+    guidance: float | None = None,
+) -> Tensor:
+    """Deterministic steps along `taus` and from the last of them to clean data.
+
+    eps, result: (B, C, H, W).
+    """
+    x_t, taus = eps, [*taus, 0.0]
+    for tau, tau_next in zip(taus[:-1], taus[1:], strict=True):
+        t, t_next = eps.new_full((len(eps),), tau), eps.new_full((len(eps),), tau_next)
+        x_t = net.schedule.step(x_t, guided(net, x_t, t, cond, uncond, guidance), t, t_next)
+    return x_t
+
+
+# --- random numbers ------------------------------------------------------------------------------
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator that depends on `key` alone, and alike on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Gaussian noise in the shape, dtype and device of `like` (B, ...); row b comes from
+    generators[b].
+    """
+    rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
+    return torch.stack(rows).to(like.device, like.dtype)
+
+
+def uniform(generators: list[torch.Generator], low: float = 0.0, high: float = 1.0) -> Tensor:
+    """(B,) on the CPU, row b from generators[b]."""
+    u = torch.stack([torch.rand((), generator=g) for g in generators])
+    return low + (high - low) * u
+
+
+class Rng:
+    """The random sources for one purpose in one training step.
+
+    shared: one generator, equal on all ranks: for decisions that change which networks are called.
+    own:    one generator per sample of the batch, keyed by the sample's global number, so that a
+            sample's noise does not depend on how many ranks there are.
+    Nothing is kept between steps, so a resumed run draws the same numbers.
+    """
+
+    def __init__(self, seed: int, step: int, purpose: str, samples: Iterable[int]):
+        self.shared = generator(seed, step, purpose)
+        self.own = [generator(seed, step, purpose, i) for i in samples]
+
+
+def draw_t(kind: str, schedule: Flow | DDPM, rng: Rng, device: torch.device) -> Tensor:
+    """Times (B,) for the DMD and fake losses, drawn per sample: "uniform" on (.02, .98) or "logit-
+    normal", then warped.
+    """
+    if kind == "uniform":
+        u = uniform(rng.own, 0.02, 0.98)
+    elif kind == "logit-normal":
+        u = torch.stack([torch.randn((), generator=g) for g in rng.own]).sigmoid()
+    else:
+        raise ValueError(
+            f'unknown distribution of times "{kind}"; choose from uniform, logit-normal'
+        )
+    return schedule.warp(u).to(device)

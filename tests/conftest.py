@@ -1,0 +1,70 @@
+"""Small denoisers that tests share: real modules, with closed forms where a test needs one."""
+
+import pytest
+import torch
+from torch import nn
+
+from schedule import DDPM, Flow, Rng
+
+torch.set_num_threads(1)  # the networks are tiny: threads only wait for each other
+
+
+class Linear(nn.Module):
+    """A denoiser with weights:
+
+    a 1x1 convolution of x_t, shifted by time and by cond["c"] (B, 1).
+    """
+
+    def __init__(self, schedule=None, channels: int = 2, seed: int = 0):
+        super().__init__()
+        self.schedule = schedule or Flow()
+        draw = torch.Generator().manual_seed(seed)
+        self.mix = nn.Parameter(0.5 * torch.randn(channels, channels, generator=draw))
+        self.time = nn.Parameter(0.5 * torch.randn(channels, generator=draw))
+        self.text = nn.Parameter(0.5 * torch.randn(channels, generator=draw))
+
+    def forward(self, x_t, t, cond):
+        mixed = torch.einsum("dc,bchw->bdhw", self.mix, x_t)
+        shift = t[:, None] * self.time + cond["c"] * self.text
+        return mixed + shift[:, :, None, None]
+
+
+class GaussianVelocity(nn.Module):
+    """The exact velocity for data ~ N(mean, std^2) under Flow, closed form; counts its calls."""
+
+    def __init__(self, mean: float, std: float):
+        super().__init__()
+        self.schedule, self.mean, self.std, self.calls = Flow(), mean, std, []
+
+    def forward(self, x_t, t, cond):
+        self.calls.append(x_t.shape)
+        t = t.reshape(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * self.std**2 + t**2
+        x0 = self.mean + (1 - t) * self.std**2 / variance * (x_t - (1 - t) * self.mean)
+        return (x_t - x0) / t.clamp_min(1e-6)
+
+
+@pytest.fixture
+def rng():
+    """rng("purpose", batch): the random sources of step 0."""
+    return lambda purpose="test", batch=3, step=0: Rng(0, step, purpose, range(batch))
+
+
+@pytest.fixture(params=[Flow(), Flow(3.0), DDPM()], ids=["flow", "flow, shift 3", "ddpm"])
+def schedule(request):
+    return request.param
+
+
+@pytest.fixture
+def x0():
+    return torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def cond():
+    return {"c": torch.tensor([[1.0], [-1.0], [0.5]])}
+
+
+@pytest.fixture
+def uncond():
+    return {"c": torch.zeros(3, 1)}

@@ -1,0 +1,130 @@
+import pytest
+import torch
+from conftest import GaussianVelocity, Linear
+
+from schedule import DDPM, Flow, Rng, draw_t, grid, guided, normal, sample_ode, sample_x0, uniform
+
+T = torch.tensor([0.999, 0.5, 0.1])
+
+
+def test_flow_and_ddpm_round_trip_x0_and_eps(schedule, x0):
+    """Mixing and reading the right prediction gives back what went in; DDPM divides by alpha ~ .07
+    at t = .999, so fp32 rounding grows by 15."""
+    eps = torch.randn_like(x0)
+    x_t, right = schedule.noise(x0, eps, T), schedule.target(x0, eps)
+    torch.testing.assert_close(schedule.x0(x_t, right, T), x0, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(schedule.eps(x_t, right, T), eps, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_alpha_x0_plus_sigma_eps(schedule, x0):
+    eps = torch.randn_like(x0)
+    alpha, sigma = schedule.alpha(T)[:, None, None, None], schedule.sigma(T)[:, None, None, None]
+    torch.testing.assert_close(schedule.noise(x0, eps, T), alpha * x0 + sigma * eps)
+
+
+def test_step_keeps_x0_and_eps_and_moves_t(schedule, x0):
+    eps, t_next = torch.randn_like(x0), torch.tensor([0.7, 0.2, 0.0])
+    stepped = schedule.step(schedule.noise(x0, eps, T), schedule.target(x0, eps), T, t_next)
+    torch.testing.assert_close(stepped, schedule.noise(x0, eps, t_next), atol=2e-5, rtol=1e-5)
+
+
+def test_the_ends_are_data_and_noise(schedule, x0):
+    """t = 0 is clean for both; t = 1 is pure noise for flows only (SDXL's last entry is not)."""
+    eps, zero, one = torch.randn_like(x0), torch.zeros(3), torch.ones(3)
+    assert torch.equal(schedule.noise(x0, eps, zero), x0)
+    assert torch.equal(schedule.noise(x0, eps, one), eps) == isinstance(schedule, Flow)
+
+
+def test_ddpm_table_has_the_published_values():
+    """alpha-bar at the entries of the four-step students (published figures, 1e-6)."""
+    got = DDPM().alpha_bar[[999, 749, 499, 249, 0]]
+    published = [0.0046601, 0.0566235, 0.2776697, 0.6754324, 0.99915]
+    torch.testing.assert_close(got, torch.tensor(published, dtype=got.dtype), atol=1e-6, rtol=0)
+    assert DDPM().alpha(torch.tensor([0.999])).item() == pytest.approx(0.0046601**0.5, abs=1e-6)
+
+
+def test_grids_are_those_of_the_teachers():
+    assert grid(Flow(3.0), 4) == pytest.approx([1, 0.9, 0.75, 0.5])  # SD 3.5
+    assert grid(Flow(), 4) == [1, 0.75, 0.5, 0.25]
+    assert grid(Flow(2.0), 4) == pytest.approx([1, 6 / 7, 2 / 3, 0.4])  # the embedded teacher
+
+
+def test_guidance_is_uncond_plus_g_times_the_difference(x0, cond, uncond):
+    """Per-sample scales, and one batched call instead of two."""
+    net, t, g = Linear(), torch.tensor([0.9, 0.5, 0.1]), torch.tensor([1.0, 0.0, 4.0])
+    got = guided(net, x0, t, cond, uncond, g)
+    yes, no = net(x0, t, cond), net(x0, t, uncond)
+    torch.testing.assert_close(got, no + g[:, None, None, None] * (yes - no))
+    torch.testing.assert_close(got[0], yes[0])
+    torch.testing.assert_close(got[1], no[1])
+    counted = GaussianVelocity(0, 1)
+    guided(counted, x0, t, cond, uncond, 2.0)
+    assert [shape[0] for shape in counted.calls] == [6]
+
+
+def test_without_uncond_the_scale_is_an_input(x0, cond):
+    """FLUX.1-dev embeds the guidance scale; with guidance None no net sees any."""
+    seen = []
+
+    def net(x_t, t, cond):
+        seen.append(cond.get("guidance"))
+        return x_t
+
+    guided(net, x0, T, cond, None, 3.5)
+    guided(net, x0, T, cond, None, None)
+    assert (
+        torch.equal(seen[0], torch.full((3,), 3.5)) and seen[1] is None and "guidance" not in cond
+    )
+
+
+def test_euler_on_the_exact_velocity_reaches_the_data():
+    """Data N(2, .5^2): 200 steps; the statistic of 40,000 samples is within .01."""
+    eps = torch.randn(4, 1, 100, 100, generator=torch.Generator().manual_seed(0))
+    net = GaussianVelocity(2.0, 0.5)
+    x = sample_ode(net, eps, {}, grid(net.schedule, 200))
+    assert x.mean().item() == pytest.approx(2, abs=0.01)
+    assert x.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_x0_sampler_noises_its_estimate_again(cond):
+    """Two anchors, by hand, with the sampler's own noise."""
+    net, eps = Linear(), torch.randn(3, 2, 4, 4)
+    draws = [torch.Generator().manual_seed(i) for i in range(3)]
+    got = sample_x0(net, eps, cond, (1.0, 0.4), generators=draws)
+    fresh = normal(eps, [torch.Generator().manual_seed(i) for i in range(3)])
+    one, later = torch.ones(3), torch.full((3,), 0.4)
+    x0 = eps - net(eps, one, cond)
+    x_t = 0.6 * x0 + 0.4 * fresh
+    torch.testing.assert_close(got, x_t - 0.4 * net(x_t, later, cond))
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch(x0):
+    """What two ranks draw for samples 0..3 is what one rank draws."""
+    one = Rng(0, 7, "dmd", range(4))
+    two = [Rng(0, 7, "dmd", range(0, 2)), Rng(0, 7, "dmd", range(2, 4))]
+    like = torch.empty(4, 2, 3, 3)
+    alone = torch.cat([normal(like[:2], rng.own) for rng in two])
+    assert torch.equal(normal(like, one.own), alone)
+    assert torch.equal(uniform(one.own), torch.cat([uniform(rng.own) for rng in two]))
+    draws = {torch.rand((), generator=rng.shared).item() for rng in (one, *two)}
+    assert len(draws) == 1, "a shared draw must be equal on all ranks"
+
+
+def test_random_numbers_differ_by_seed_step_purpose_and_sample():
+    keys = [(0, 0, "dmd"), (1, 0, "dmd"), (0, 1, "dmd"), (0, 0, "fake")]
+    numbers = torch.stack([uniform(Rng(*key, range(8)).own) for key in keys]).flatten()
+    assert len(numbers.unique()) == 32
+
+
+def test_times_follow_their_distribution_and_the_shift():
+    """20,000 draws:
+
+    uniform has mean .5, logit-normal median .5; shift 3 maps a half to three quarters.
+    """
+    rng = Rng(0, 0, "t", range(20000))
+    t = draw_t("uniform", Flow(), rng, torch.device("cpu"))
+    assert t.min() >= 0.02 and t.max() <= 0.98 and t.mean().item() == pytest.approx(0.5, abs=0.01)
+    t = draw_t("logit-normal", Flow(3.0), rng, torch.device("cpu"))
+    assert t.median().item() == pytest.approx(0.75, abs=0.01)
+    with pytest.raises(ValueError, match="beta"):
+        draw_t("beta", Flow(), rng, torch.device("cpu"))
