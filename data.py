@@ -1,0 +1,189 @@
+"""Captions and images.
+
+    DigitScenes   the embedded task: two real handwritten digits, coloured, side by side or stacked,
+                  with a caption that names some attributes and leaves others open
+
+Sample i of a data set is a function of (seed, i) alone, so nothing needs saving to resume, and any
+number of ranks sees the same samples: `batch_ids` deals them out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nets.text import ANY_DIGIT, COLOURS, DIGITS, WORD_ID
+from schedule import generator
+
+ASSETS = Path(__file__).parent / "assets"
+RGB = torch.tensor(  # in the order of COLOURS
+    [
+        [1.0, 0.15, 0.15],
+        [1.0, 0.85, 0.1],
+        [0.2, 0.9, 0.2],
+        [0.1, 0.85, 0.9],
+        [0.25, 0.35, 1.0],
+        [1.0, 0.35, 0.8],
+    ]
+)
+HORIZONTAL, VERTICAL = 0, 1
+ARRANGEMENTS = (
+    "left",
+    "right",
+    "above",
+    "below",
+)  # where the caption's first object is, seen from its second
+HELD_OUT = {
+    (c, (3 * c + 1) % 10) for c in range(len(COLOURS))
+}  # (colour, digit) pairs never trained on
+TRAIN_DIGITS = 1437  # of 1,797; the rest are held out
+
+
+def batch_ids(step: int, batch: int, rank: int = 0, world: int = 1) -> range:
+    """The global sample numbers of this rank's batch.
+
+    Disjoint over ranks and steps, without gaps.
+    """
+    start = (step * world + rank) * batch
+    return range(start, start + batch)
+
+
+@dataclass
+class Scenes:
+    """What is in B scenes. Objects are in caption order."""
+
+    colours: Tensor  # (B, 2) indices into COLOURS
+    digits: Tensor  # (B, 2) 0..9
+    arrangement: Tensor  # (B,) index into ARRANGEMENTS
+    captions: list[str]
+    images: Tensor  # (B, 3, 16, 16) in [-1, 1], black ground
+
+    @property
+    def axis(self) -> Tensor:
+        """(B,) HORIZONTAL or VERTICAL."""
+        return self.arrangement // 2
+
+    @property
+    def by_place(self) -> tuple[Tensor, Tensor]:
+        """Colours and digits (B, 2) each, the left or upper object first."""
+        swapped = (self.arrangement % 2).bool()[:, None]
+        return (
+            torch.where(swapped, self.colours.flip(1), self.colours),
+            torch.where(swapped, self.digits.flip(1), self.digits),
+        )
+
+
+class DigitScenes:
+    """Scenes by number.
+
+    handwriting: "train" or "held-out" images; pairs: "seen", "held-out" or "all" (colour, digit)
+    pairs; named: every attribute is named in the caption (for testing composition).
+    """
+
+    size = 16  # pixels
+
+    def __init__(
+        self, seed: int = 0, handwriting: str = "train", pairs: str = "seen", named: bool = False
+    ):
+        images, labels = load_digits()
+        part = slice(0, TRAIN_DIGITS) if handwriting == "train" else slice(TRAIN_DIGITS, None)
+        self.images = images[part]  # (N, 8, 8) in [0, 1]
+        self.by_digit = [(labels[part] == d).nonzero()[:, 0] for d in range(10)]
+        every = {(c, d) for c in range(len(COLOURS)) for d in range(10)}
+        wanted = {"seen": every - HELD_OUT, "held-out": HELD_OUT, "all": every}[pairs]
+        self.pairs = torch.tensor(sorted(wanted))
+        self.seed, self.named = seed, named
+
+    def __call__(self, ids: range | list[int]) -> Scenes:
+        draws = [generator("scene", self.seed, i) for i in ids]
+        u = torch.stack([torch.rand(16, generator=g) for g in draws])  # all choices of a scene
+        jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
+        pairs = self.pairs[(u[:, 0:2] * len(self.pairs)).long()]  # (B, 2, 2)
+        colours, digits = pairs[..., 0], pairs[..., 1]
+        named_relation = (u[:, 2] >= 0.3) | self.named
+        arrangement = torch.where(named_relation, 2 * (u[:, 3] * 2).long(), (u[:, 3] * 4).long())
+        captions = [
+            self._caption(*row)
+            for row in zip(colours, digits, arrangement, named_relation, u, strict=True)
+        ]
+        images = self._draw(colours, digits, arrangement, u, jitter)
+        return Scenes(colours, digits, arrangement, captions, images)
+
+    def matching(self, ids: Tensor) -> Tensor:
+        """One image (3, 16, 16) for each of the captions ids (B, 5), drawn from all scenes it
+        describes: (B, 3, 16, 16).
+        """
+        draws = [generator("matching", self.seed, i) for i in range(len(ids))]
+        u = torch.stack([torch.rand(16, generator=g) for g in draws])
+        jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
+        objects = [
+            [self._fitting(row[3 * k : 3 * k + 2], u[b, k]) for k in range(2)]
+            for b, row in enumerate(ids)
+        ]
+        colours, digits = torch.stack([torch.stack(pair) for pair in objects]).unbind(
+            -1
+        )  # (B, 2) each
+        either = ids[:, 2] == WORD_ID["and"]
+        arrangement = torch.where(either, (4 * u[:, 3]).long(), 2 * (ids[:, 2] == WORD_ID["above"]))
+        return self._draw(colours, digits, arrangement, u, jitter)
+
+    def _fitting(self, words: Tensor, u: Tensor) -> Tensor:
+        """A (colour, digit) pair that fits the two ids of an object."""
+        colour, digit = words[0] - WORD_ID[COLOURS[0]], words[1] - WORD_ID[DIGITS[0]]
+        fits = (colour < 0) | (self.pairs[:, 0] == colour)
+        fits &= (digit == len(DIGITS)) | (self.pairs[:, 1] == digit)
+        pairs = self.pairs[fits]
+        return pairs[int(u * len(pairs))]
+
+    def _caption(
+        self, colours: Tensor, digits: Tensor, arrangement: Tensor, relation: Tensor, u: Tensor
+    ) -> str:
+        say_colour = (u[4:6] >= 0.4) | self.named
+        say_digit = (u[6:8] >= 0.5) | self.named
+        objects = []
+        for k in range(2):
+            words = [COLOURS[colours[k]]] if say_colour[k] else []
+            words.append(DIGITS[digits[k]] if say_digit[k] else ANY_DIGIT)
+            objects.append(("an " if words[0] == "eight" else "a ") + " ".join(words))
+        between = {0: "left of", 2: "above"}[arrangement.item()] if relation else "and"
+        return f"{objects[0]} {between} {objects[1]}"
+
+    def _draw(
+        self, colours: Tensor, digits: Tensor, arrangement: Tensor, u: Tensor, jitter: Tensor
+    ) -> Tensor:
+        canvas = torch.zeros(len(u), 3, self.size, self.size)
+        for b in range(len(u)):
+            offset = 4 * int(u[b, 8] * 3)  # across the axis: 0, 4 or 8
+            for k in range(2):
+                choices = self.by_digit[digits[b, k]]
+                digit = self.images[choices[int(u[b, 9 + k] * len(choices))]]  # (8, 8)
+                colour = (RGB[colours[b, k]] * (1 + 0.06 * jitter[b, k])).clamp(0, 1)
+                along = 8 * (
+                    k ^ (int(arrangement[b]) % 2)
+                )  # object 1 comes second when it is right or below
+                row, column = (offset, along) if arrangement[b] < 2 else (along, offset)
+                canvas[b, :, row : row + 8, column : column + 8] = colour[:, None, None] * digit
+        return 2 * canvas - 1
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """The UCI optical digits:
+
+    images (1797, 8, 8) in [0, 1], labels (1797,). Raises ValueError if the file is damaged.
+    """
+    path = ASSETS / "digits.npz"
+    try:
+        with np.load(path) as file:
+            images, labels = file["images"], file["labels"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}); restore it with: git checkout assets"
+        ) from None
+    if images.shape != (1797, 8, 8) or labels.shape != (1797,):
+        raise ValueError(
+            f"{path} does not hold the 1,797 digits; restore it with: git checkout assets"
+        )
+    return torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()

@@ -1,0 +1,99 @@
+"""Text: prompts to token ids to the `cond` dict a denoiser takes.
+
+    SceneText   the embedded task: five word slots, each a one-hot vector (no weights)
+
+A caption of the embedded task is `a [colour] (digit | "digit") (left of | above | and) a [colour]
+(digit | "digit")`. The tokenizer turns it into five ids (colour, digit, relation, colour, digit); a
+colour left out is the pad token, and the null caption is five pads.
+"""
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+PAD = "[pad]"
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ANY_DIGIT = "digit"
+RELATIONS = ("left", "above", "and")
+VOCABULARY = (PAD, *COLOURS, *DIGITS, ANY_DIGIT, *RELATIONS)
+WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
+SLOTS = ((PAD, *COLOURS), (*DIGITS, ANY_DIGIT), RELATIONS, (PAD, *COLOURS), (*DIGITS, ANY_DIGIT))
+GRAMMAR = "a [colour] (digit word | digit) (left of | above | and) a [colour] (digit word | digit)"
+ARTICLE = r"\b(a|an)\s+"
+
+
+def scene_tokenizer() -> Tokenizer:
+    """Word level; an article straight before a digit becomes the pad token, that is, an open
+    colour.
+    """
+    tokenizer = Tokenizer(models.WordLevel(WORD_ID, unk_token=PAD))
+    digit = "|".join((*DIGITS, ANY_DIGIT))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(rf"{ARTICLE}(?=({digit})\b)"), f"{PAD} "),
+            normalizers.Replace(Regex(ARTICLE), ""),
+            normalizers.Replace(Regex(r"\bleft\s+of\b"), "left"),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+class SceneText(nn.Module):
+    """Captions of the embedded task as one-hot vectors. In place of text encoders; it has no
+    weights.
+
+    context (B, 5, words + 5): each slot's word and its place; pooled (B, 5 words): the same words,
+    flat.
+    """
+
+    context_width = len(VOCABULARY) + len(SLOTS)
+    pooled_width = len(VOCABULARY) * len(SLOTS)
+
+    def __init__(self):
+        super().__init__()
+        self.tokenizer = scene_tokenizer()
+        self.allowed = [{WORD_ID[word] for word in words} for words in SLOTS]
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """(B, 5) ids.
+
+        An empty caption is the null caption. Raises ValueError that names what is not understood.
+        """
+        return torch.tensor([self._ids(caption) for caption in captions])
+
+    def _ids(self, caption: str) -> list[int]:
+        if not caption.strip():
+            return [WORD_ID[PAD]] * len(SLOTS)
+        normal = self.tokenizer.normalizer.normalize_str(caption)
+        unknown = [word for word in normal.split() if word not in WORD_ID]
+        if unknown:
+            known = ", ".join((*COLOURS, *DIGITS, ANY_DIGIT, "left of", "above", "and"))
+            names = ", ".join(f'"{word}"' for word in unknown)
+            raise ValueError(
+                f'unknown word {names} in the prompt "{caption}"; the vocabulary is: a, an, {known}'
+            )
+        ids = self.tokenizer.encode(caption).ids
+        if len(ids) != len(SLOTS) or any(
+            i not in ok for i, ok in zip(ids, self.allowed, strict=True)
+        ):
+            raise ValueError(f'the prompt "{caption}" is not of the form: {GRAMMAR}')
+        return ids
+
+    def encode(self, ids: Tensor) -> dict[str, Tensor]:
+        """Token ids (B, 5) -> cond."""
+        words = nn.functional.one_hot(ids, len(VOCABULARY)).float()  # (B, 5, words)
+        places = torch.eye(len(SLOTS), device=ids.device).expand(len(ids), -1, -1)  # (B, 5, 5)
+        return {"context": torch.cat([words, places], dim=-1), "pooled": words.flatten(1)}
+
+    def forward(self, captions: list[str]) -> dict[str, Tensor]:
+        return self.encode(self.tokens(captions))
+
+    def embedding(self, captions: list[str]) -> Tensor:
+        """What the discriminator reads:
+
+        (B, 5 words), L2-normalised; for the large teachers, CLIP's text embedding.
+        """
+        return nn.functional.normalize(self.encode(self.tokens(captions))["pooled"], dim=-1)
