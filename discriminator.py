@@ -1,0 +1,280 @@
+"""The discriminator on a frozen vision foundation model: do these pixels look real, given a caption
+and a real reference image?
+
+    Sec. 4.3, discriminator       Discriminator        frozen backbone -> maps -> one head each
+    Sec. 4.3, timestep weight     omega                feedback where little noise is left
+    Sec. 4.3, adversarial losses  gan_loss, disc_loss  hinge
+              DiffAugment         augment              colour, translation, cutout, of images judged
+
+Images are (B, 3, H, W) in [-1, 1]. The heads follow the official code. Knows nothing of files,
+ranks or configuration.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from schedule import Rng, per_sample, uniform
+
+SLOPE = 0.2  # of the leaky ReLU
+EMBEDDING = 64  # width in which features meet the condition
+
+
+# --- heads ---------------------------------------------------------------------------------------
+
+
+class SpectralConv(nn.Module):
+    """A convolution whose weight, as a matrix, has largest singular value 1; circular padding.
+
+    The forward pass changes nothing: the running singular vector `u` moves only in
+    `power_iteration`, once per discriminator step, so judging images for the student leaves no
+    trace in the discriminator.
+    """
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.padding, self.stride = kernel // 2, stride
+        self.weight = nn.Parameter(torch.empty(channels, channels_in, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.register_buffer("u", F.normalize(torch.randn(channels), dim=0))
+        for _ in range(15):
+            self.power_iteration()
+
+    @torch.no_grad()
+    def power_iteration(self) -> None:
+        matrix = self.weight.float().flatten(1)
+        v = F.normalize(matrix.T @ self.u, dim=0)
+        self.u.copy_(F.normalize(matrix @ v, dim=0))
+
+    def normalised(self) -> Tensor:
+        """weight / sigma, sigma = u' W v in fp32; u and v count as constants."""
+        matrix = self.weight.float().flatten(1)
+        with torch.no_grad():
+            v = F.normalize(matrix.T @ self.u, dim=0)
+        return (self.weight / (self.u @ matrix @ v)).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding:
+            x = F.pad(x, [self.padding] * 4, mode="circular")
+        return F.conv2d(x, self.normalised(), self.bias, stride=self.stride)
+
+
+class GroupStatistics(nn.Module):
+    """Batch norm without memory:
+
+    mean and variance over space and over groups of 8 samples, per channel, in fp32.
+    """
+
+    def __init__(self, channels: int, group: int = 8):
+        super().__init__()
+        self.group = group
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        for part in x.float().split(self.group):
+            variance, mean = torch.var_mean(part, dim=(0, 2, 3), keepdim=True, correction=0)
+            parts.append((part - mean) * (variance + 1e-5).rsqrt())
+        out = torch.cat(parts) * self.weight[:, None, None] + self.bias[:, None, None]
+        return out.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Spectral convolution, group statistics, leaky ReLU."""
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.conv, self.norm = SpectralConv(channels, channels, kernel), GroupStatistics(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.conv(x)), SLOPE)
+
+
+class Residual(nn.Module):
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.block(x)) / math.sqrt(2)
+
+
+class Branch(nn.Sequential):
+    """A feature map (B, C, h, w) -> (B, 64, ~h / 8, ~w / 8).
+
+    lighter: channels after a first 1x1 projection, 0 for none.
+    """
+
+    def __init__(self, width: int, lighter: int = 0):
+        channels = lighter or width
+        project = [SpectralConv(width, channels, 1)] if lighter else []
+        super().__init__(
+            *project,
+            Block(channels, 1),
+            SpectralConv(channels, channels, 3, stride=2),
+            Residual(Block(channels, 3)),
+            SpectralConv(channels, channels, 3, stride=2),
+            Residual(Block(channels, 3)),
+            SpectralConv(channels, channels, 3, stride=2),
+            SpectralConv(channels, EMBEDDING, 1),
+        )
+
+
+class Head(nn.Module):
+    """Logit map = features . (text + reference) / 8."""
+
+    def __init__(self, width: int, text_width: int, lighter: int = 0):
+        super().__init__()
+        self.image, self.reference = Branch(width, lighter), Branch(width, lighter)
+        self.text = nn.Linear(text_width, EMBEDDING)
+
+    def condition(self, reference: Tensor, text: Tensor) -> Tensor:
+        """reference (B, C, h, w), text (B, text_width) -> (B, 64, h', w')."""
+        return self.text(text)[:, :, None, None] + self.reference(reference)
+
+    def forward(self, image: Tensor, condition: Tensor) -> Tensor:
+        """image (B, C, h, w), what `condition` gave -> logits (B, places)."""
+        return ((self.image(image) * condition).sum(1) / math.sqrt(EMBEDDING)).flatten(1)
+
+
+class Discriminator(nn.Module):
+    """backbone:
+
+    any module with `maps(image in [0, 1]) -> list of (B, width, h, w)`, `count` of them; it stays
+    frozen.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, width: int, count: int, text_width: int, lighter: int = 0
+    ):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.heads = nn.ModuleList(Head(width, text_width, lighter) for _ in range(count))
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """image (B, 3, H, W) in [-1, 1] -> the backbone's maps."""
+        return self.backbone.maps((image + 1) / 2)
+
+    def power_iteration(self) -> None:
+        """Once per discriminator step."""
+        for module in self.heads.modules():
+            if isinstance(module, SpectralConv):
+                module.power_iteration()
+
+    def condition(self, reference: list[Tensor], text: Tensor) -> list[Tensor]:
+        """The reference's feature maps, text (B, text_width) -> what `forward` compares with."""
+        return [head.condition(x, text) for head, x in zip(self.heads, reference, strict=True)]
+
+    def forward(self, image: list[Tensor], condition: list[Tensor]) -> Tensor:
+        """Feature maps of the image judged, the condition -> logits (B, places)."""
+        maps = zip(self.heads, image, condition, strict=True)
+        return torch.cat([head(x, c) for head, x, c in maps], dim=1)
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def omega(schedule, tau: Tensor) -> Tensor:
+    """The adversarial weight (B,): alpha(tau)^2, (1 - sigma)^2 for flows; zero at pure noise."""
+    return schedule.alpha(tau).square()
+
+
+def gan_loss(
+    disc: Discriminator, made: list[Tensor], reference: list[Tensor], text: Tensor, weight: Tensor
+) -> Tensor:
+    """The student's adversarial loss, -mean(weight logits). Its gradient reaches the pixels behind
+    `made`, never the heads (official code: it stays in the heads and is applied with their next
+    step).
+    """
+    disc.heads.requires_grad_(False)
+    logits = disc(made, disc.condition(reference, text))
+    disc.heads.requires_grad_(True)
+    return -(weight[:, None] * logits.float()).mean()
+
+
+def disc_loss(
+    disc: Discriminator,
+    real: list[Tensor],
+    made: list[Tensor],
+    reference: list[Tensor],
+    text: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """Hinge:
+
+    mean of weight (relu(1 - real logits) + relu(1 + made logits)). No gradient reaches the
+    features.
+    """
+    real, made, reference = ([x.detach() for x in maps] for maps in (real, made, reference))
+    condition = disc.condition(reference, text)
+    loss_real = F.relu(1 - disc(real, condition).float())
+    loss_made = F.relu(1 + disc(made, condition).float())
+    return (weight[:, None] * (loss_real + loss_made)).mean()
+
+
+# --- DiffAugment ---------------------------------------------------------------------------------
+
+
+def augment_colour(image: Tensor, rng: Rng) -> Tensor:
+    """Brightness by up to .5, saturation by 0 to 2, contrast by .5 to 1.5."""
+    brightness, saturation, contrast = (
+        per_sample(uniform(rng.own, *r).to(image), image) for r in ((-0.5, 0.5), (0, 2), (0.5, 1.5))
+    )
+    image = image + brightness
+    grey = image.mean(1, keepdim=True)
+    image = (image - grey) * saturation + grey
+    mean = image.mean((1, 2, 3), keepdim=True)
+    return (image - mean) * contrast + mean
+
+
+def augment_translation(image: Tensor, rng: Rng, ratio: float = 0.125) -> Tensor:
+    """By up to an eighth of the side, black (-1) behind."""
+    B, _, H, W = image.shape
+    down, right = (
+        (uniform(rng.own, -1, 1) * (ratio * size + 0.5)).long().to(image.device) for size in (H, W)
+    )
+    rows = torch.arange(H, device=image.device) - down[:, None]  # (B, H)
+    columns = torch.arange(W, device=image.device) - right[:, None]  # (B, W)
+    inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[
+        :, None, None, :
+    ]
+    b = torch.arange(B, device=image.device)[:, None, None]
+    moved = image.movedim(1, -1)[
+        b, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]
+    ].movedim(-1, 1)
+    return torch.where(inside, moved, -1.0)
+
+
+def augment_cutout(image: Tensor, rng: Rng, ratio: float = 0.5) -> Tensor:
+    """A square of half the side becomes grey (0)."""
+    H, W = image.shape[-2:]
+    inside = []
+    for size in (H, W):
+        centre = (uniform(rng.own) * size).long().to(image.device)[:, None]
+        inside.append((torch.arange(size, device=image.device) - centre).abs() < ratio * size / 2)
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return torch.where(hole, 0.0, image)
+
+
+AUGMENTATIONS = {
+    "colour": augment_colour,
+    "translation": augment_translation,
+    "cutout": augment_cutout,
+}
+
+
+def augment(image: Tensor, policy: tuple[str, ...], rng: Rng) -> Tensor:
+    """DiffAugment:
+
+    differentiable, drawn per sample. policy: names from AUGMENTATIONS, in that order; () changes
+    nothing.
+    """
+    for name in policy:
+        image = AUGMENTATIONS[name](image, rng)
+    return image

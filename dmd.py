@@ -1,0 +1,95 @@
+"""Distribution matching distillation: move the student's samples to the teacher's distribution.
+
+    Algorithm 1          student_input  what the student is fed: noised data, or its own output
+    Sec. 2, DMD          dmd_gradient   from the fake score's estimate of x0 to the teacher's
+    Sec. 2, DMD          dmd_loss       a loss whose gradient in x0 is that over the element count
+    Sec. 2, fake score   fake_loss      the fake score learns the student's samples by denoising
+
+Knows nothing of devices, files, ranks or configuration. Latents are (B, C, H, W), times (B,); see
+schedule.py for `net`, `cond` and `rng`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from schedule import Cond, Rng, draw_t, guided, normal, uniform
+
+
+@torch.no_grad()
+def student_input(
+    student: Callable,
+    x0_real: Tensor,
+    cond: Cond,
+    taus: tuple[float, ...],
+    rng: Rng,
+    p_backward: float = 0.5,
+) -> tuple[Tensor, int]:
+    """x_t (B, C, H, W) at the anchor taus[i], and i.
+
+    Backward simulation (with p_backward): from noise, the student's own estimate at every anchor
+    before i, each noised again to the next, as in sampling. Otherwise real latents, noised. All
+    ranks take the same branch and anchor.
+    """
+    schedule, batch = student.schedule, len(x0_real)
+    i = int(torch.randint(len(taus), (), generator=rng.shared))
+    backward = torch.rand((), generator=rng.shared) < p_backward
+    t = [x0_real.new_full((batch,), tau) for tau in taus[: i + 1]]
+    if not backward:
+        return schedule.noise(x0_real, normal(x0_real, rng.own), t[i]), i
+    x_t = normal(x0_real, rng.own)
+    for k in range(i):
+        x0 = schedule.x0(x_t, student(x_t, t[k], cond), t[k])
+        x_t = schedule.noise(x0, normal(x0, rng.own), t[k + 1])
+    return x_t, i
+
+
+def dmd_gradient(x0: Tensor, x0_fake: Tensor, x0_teacher: Tensor) -> Tensor:
+    """(x0_fake - x0_teacher) / mean|x0 - x0_teacher|, the mean per sample; zero where that is zero.
+
+    All (B, C, H, W).
+    """
+    x0, x0_fake, x0_teacher = x0.float(), x0_fake.float(), x0_teacher.float()
+    scale = (x0 - x0_teacher).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
+    return torch.where(
+        scale > 0, (x0_fake - x0_teacher) / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0
+    )
+
+
+def dmd_loss(
+    x0: Tensor,
+    teacher: Callable,
+    fake: Callable,
+    cond: Cond,
+    uncond: Cond | None,
+    guidance: tuple[float, float],
+    times: str,
+    rng: Rng,
+) -> Tensor:
+    """0.5 mean |x0 - sg(x0 - gradient)|^2 on the student's estimate x0, a scalar in fp32.
+
+    The teacher is guided, with a scale drawn per sample from the range `guidance`; the fake score
+    is not. times: see draw_t.
+    """
+    schedule = teacher.schedule
+    with torch.no_grad():
+        t = draw_t(times, schedule, rng, x0.device)
+        x_t = schedule.noise(x0, normal(x0, rng.own), t)
+        g = uniform(rng.own, *guidance)
+        x0_teacher = schedule.x0(x_t, guided(teacher, x_t, t, cond, uncond, g), t)
+        x0_fake = schedule.x0(x_t, fake(x_t, t, cond), t)
+        target = x0.float() - dmd_gradient(x0, x0_fake, x0_teacher)
+    return 0.5 * F.mse_loss(x0.float(), target)
+
+
+def fake_loss(fake: Callable, x0: Tensor, cond: Cond, times: str, rng: Rng) -> Tensor:
+    """Flow matching (for DDPM:
+
+    noise prediction) on the student's samples, from which no gradient flows. Scalar, fp32.
+    """
+    schedule, x0 = fake.schedule, x0.detach()
+    t, eps = draw_t(times, schedule, rng, x0.device), normal(x0, rng.own)
+    prediction = fake(schedule.noise(x0, eps, t), t, cond)
+    return F.mse_loss(prediction.float(), schedule.target(x0, eps).float())

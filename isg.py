@@ -1,0 +1,75 @@
+"""Intra-segment guidance: the teacher shows the student what happens between two of its anchors.
+
+    Sec. 4.2, a segment      draw_mid   a time tau_mid inside it, tau_start > tau_mid > tau_end
+    Sec. 4.2, ISG (Eq. 12)   isg_loss   the student's one step over the segment, against the
+                                        teacher's step to tau_mid and the student's from there
+
+    tau_start ---- teacher, guided ----> tau_mid ---- student ----> tau_end   target, no gradient
+    tau_start ------------------------ student -------------------> tau_end   learns to get there
+
+Knows nothing of devices, files, ranks or configuration. Latents are (B, C, H, W), times (B,).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from schedule import Cond, Rng, guided, uniform
+
+
+def draw_mid(tau_start: Tensor, tau_end: Tensor, margin: float, rng: Rng) -> Tensor:
+    """(B,) uniform inside the segment, `margin` off its ends; a segment shorter than two margins
+    gives its middle.
+    """
+    assert (tau_start > tau_end).all(), (
+        f"a segment runs from noisy to clean, got {tau_start} -> {tau_end}"
+    )
+    margin = torch.minimum(torch.full_like(tau_start, margin), (tau_start - tau_end) / 2)
+    u = uniform(rng.own).to(tau_start)
+    return tau_end + margin + u * (tau_start - tau_end - 2 * margin)
+
+
+def distance_l2(x: Tensor, x_tar: Tensor) -> Tensor:
+    """Paper, Eq. 12: mean squared difference, fp32."""
+    return (x.float() - x_tar.float()).square().mean()
+
+
+def distance_charbonnier(x: Tensor, x_tar: Tensor) -> Tensor:
+    """Official code:
+
+    mean of sqrt(d^2 + 1e-6) - 1e-3, fp32: squared for small d, absolute for large.
+    """
+    return ((x.float() - x_tar.float()).square() + 1e-6).sqrt().sub(1e-3).mean()
+
+
+DISTANCES = {"l2": distance_l2, "charbonnier": distance_charbonnier}
+
+
+def isg_loss(
+    student: Callable,
+    teacher: Callable,
+    x_t: Tensor,
+    prediction: Tensor,
+    tau_start: Tensor,
+    tau_end: Tensor,
+    cond: Cond,
+    uncond: Cond | None,
+    guidance: tuple[float, float],
+    margin: float,
+    distance: str,
+    rng: Rng,
+) -> Tensor:
+    """Scalar, fp32. prediction: the student's at (x_t, tau_start), already made for DMD and
+    carrying the gradient.
+
+    guidance: range of the teacher's scale, drawn per sample; distance: "l2" | "charbonnier".
+    """
+    step = student.schedule.step
+    with torch.no_grad():
+        tau_mid = draw_mid(tau_start, tau_end, margin, rng)
+        g = uniform(rng.own, *guidance)
+        x_mid = step(x_t, guided(teacher, x_t, tau_start, cond, uncond, g), tau_start, tau_mid)
+        x_tar = step(x_mid, student(x_mid, tau_mid, cond), tau_mid, tau_end)
+    x = step(x_t, prediction, tau_start, tau_end)
+    return DISTANCES[distance](x, x_tar)
