@@ -16,12 +16,11 @@ from torch import nn
 
 @torch.no_grad()
 def ida_update(fake: nn.Module, student: nn.Module, decay: float) -> None:
-    """phi <- decay phi + (1 - decay) theta, over every parameter, in fp32 (in bf16 a step of 1 -
-    decay rounds away).
+    """phi <- decay phi + (1 - decay) theta, over every parameter.
 
-    decay: lambda, in [0, 1]; 1 changes nothing, 0 copies. The same formula, with a copy in place of
-    the fake score, is the usual moving average of weights; train.py and pretrain.py use it for that
-    too.
+    decay: lambda, in [0, 1]; 1 changes nothing, 0 copies. In fp32: in bf16, steps of 1 - decay
+    round away. The same formula, with a copy in place of the fake score, is the usual moving
+    average of weights; train.py and pretrain.py use it for that too.
     """
     phi, theta = dict(fake.named_parameters()), dict(student.named_parameters())
     assert phi.keys() == theta.keys(), (

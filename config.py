@@ -1,0 +1,246 @@
+"""Choices: one flat dataclass, one literal dict of teachers, and the flags made from them. Imports
+nothing of ours.
+
+A run is `TEACHERS[name]`, then what STUDENT_STEPS says for another number of student steps, then
+the flags. Differences between teachers are data, never code.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+@dataclass(frozen=True)
+class Config:
+    # fmt: off
+    teacher: str = "digits"                 # whose network is distilled; presets all below
+    # the student
+    student_steps: int = 4                  # K anchors, evenly spaced before the shift
+    taus: tuple[float, ...] = ()            # the anchors, descending, if not evenly spaced
+    shift: float = 1.0                      # resolution shift of the flow's times, in training
+    p_backward: float = 0.5                 # share of inputs from backward simulation
+    ttur: int = 5                           # fake and discriminator updates per student update
+    ema: float = 0.0                        # decay of the exported average of weights; 0: none
+    guidance: float = 3.5                   # the teacher's, where its images are shown
+    # distribution matching
+    w_dmd: float = 1.0                      # weight of the DMD loss
+    guidance_dmd: tuple[float, float] = (1.0, 8.0)  # range of the teacher's guidance scale
+    t_dmd: str = "uniform"                  # times of the DMD loss: uniform | logit-normal
+    t_fake: str = "logit-normal"            # times of the fake loss: likewise
+    # implicit distribution alignment
+    ida_decay: float = 0.97                 # lambda; 1 turns IDA off
+    # intra-segment guidance
+    w_isg: float = 1.0                      # weight of the ISG loss; 0 turns ISG off
+    isg_distance: str = "l2"                # l2 (paper) | charbonnier (official code)
+    isg_margin: float = 0.02                # how far tau_mid keeps off the segment's ends
+    guidance_isg: tuple[float, float] = (1.0, 8.0)  # range of the teacher's guidance scale
+    # discriminator
+    w_gan: float = 1.0                      # weight of the adversarial loss; 0: no discriminator
+    disc_channels: int = 0                  # channels of its heads; 0: as wide as the backbone
+    disc_augment: tuple[str, ...] = ()      # DiffAugment: any of colour translation cutout
+    disc_text: bool = True                  # condition it on the caption
+    disc_reference: bool = True             # condition it on a real image of the same caption
+    # optimisation
+    steps: int = 750                        # iterations
+    batch: int = 32                         # samples per rank and iteration
+    lr: float = 1e-5                        # AdamW learning rate of the student
+    lr_fake: float = 1e-5                   # of the fake score
+    lr_disc: float = 1e-5                   # of the discriminator
+    lr_warmup: int = 0                      # iterations of linear warm-up
+    lr_start: float = 0.5                   # share of the learning rate at which warm-up begins
+    lr_final: float = 1.0                   # share of it at the end of a cosine; 1: constant
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8                       # of AdamW
+    clip: float = 1.0                       # gradient norm
+    seed: int = 0                           # of every random number
+    # housekeeping: these may change when a run is resumed
+    out: str = ""                           # output folder; default runs/TEACHER
+    save_every: int = 250                   # iterations between checkpoints
+    keep: int = 2                           # checkpoints kept
+    exam_every: int = 125                   # iterations between short exams of the student; 0: none
+    table: bool = True                      # the teacher too in the table at the end
+    # fmt: on
+
+
+HOUSEKEEPING = ("out", "save_every", "keep", "exam_every", "table")
+
+TEACHERS = {
+    "digits": Config(
+        teacher="digits",
+        shift=2.0,
+        ema=0.98,
+        guidance=2.0,
+        guidance_dmd=(1.5, 3.0),
+        guidance_isg=(2.0, 2.0),
+        t_fake="uniform",
+        w_gan=0.15,
+        steps=750,
+        batch=32,
+        lr=1.5e-4,
+        lr_fake=1.2e-3,
+        lr_disc=5e-4,
+        lr_warmup=50,
+        lr_start=0.0,
+        lr_final=0.1,
+    ),
+}
+
+# What else changes when the student has another number of steps than its teacher's preset.
+STUDENT_STEPS: dict[tuple[str, int], dict] = {
+    ("digits", 2): {
+        "lr_fake": 5e-4,
+        "guidance_dmd": (1.5, 3.5),
+        "w_isg": 0.3,
+        "w_gan": 0.0,
+        "steps": 600,
+    },
+    ("digits", 1): {
+        "lr_fake": 5e-4,
+        "guidance_dmd": (1.5, 3.5),
+        "w_isg": 0.3,
+        "w_gan": 0.0,
+        "steps": 600,
+    },
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors on one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+
+def refuse(error: Exception | str) -> NoReturn:
+    """Stop on what the user can put right: one line, exit code 2."""
+    print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """Adds a flag per field of Config; returns the resolved configuration, and all arguments."""
+    comments = field_comments()
+    for field in dataclasses.fields(Config):
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        options = {"default": None, "help": comments[field.name]}
+        if field.name == "teacher":
+            options["default"] = "digits"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif kind in (int, float, str):
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
+        else:  # a tuple
+            item = kind.__args__[0]
+            count = "*" if kind.__args__[-1] is Ellipsis else len(kind.__args__)
+            parser.add_argument(
+                flag, type=item, nargs=count, metavar=item.__name__.upper(), **options
+            )
+    given = parser.parse_args(arguments)
+    flags = {
+        f.name: getattr(given, f.name)
+        for f in dataclasses.fields(Config)
+        if getattr(given, f.name) is not None
+    }
+    flags = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
+    }
+    return resolve(**flags), given
+
+
+def resolve(teacher: str = "digits", **flags) -> Config:
+    """Preset, then what the number of student steps asks for, then the flags.
+
+    Raises ValueError on a value that cannot be.
+    """
+    if teacher not in TEACHERS:
+        raise ValueError(f'unknown teacher "{teacher}"; choose from {", ".join(TEACHERS)}')
+    preset = TEACHERS[teacher]
+    steps = flags.get("student_steps", preset.student_steps)
+    cfg = dataclasses.replace(preset, **STUDENT_STEPS.get((teacher, steps), {}))
+    cfg = dataclasses.replace(cfg, **flags)
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{teacher}")
+    check(cfg)
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError that names the flag, its value and what it may be."""
+    choices = {
+        "isg_distance": ("l2", "charbonnier"),
+        "t_dmd": ("uniform", "logit-normal"),
+        "t_fake": ("uniform", "logit-normal"),
+    }
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(
+                f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
+            )
+    for name in cfg.disc_augment:
+        if name not in ("colour", "translation", "cutout"):
+            raise ValueError(
+                f'--disc-augment has "{name}"; choose from colour, translation, cutout'
+            )
+    for name in ("student_steps", "ttur", "steps", "batch", "save_every", "keep"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must be at least 1")
+    for name in (
+        "w_dmd",
+        "w_isg",
+        "w_gan",
+        "lr",
+        "lr_fake",
+        "lr_disc",
+        "lr_warmup",
+        "exam_every",
+        "disc_channels",
+        "isg_margin",
+    ):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must not be negative")
+    for name in ("p_backward", "ida_decay", "ema", "lr_start", "lr_final"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must be from 0 to 1")
+    for name in ("guidance_dmd", "guidance_isg"):
+        low, high = getattr(cfg, name)
+        if low > high:
+            raise ValueError(f"{flag(name)} is {low} {high}; the smaller number comes first")
+    falling = all(a > b for a, b in zip(cfg.taus, cfg.taus[1:], strict=False))
+    if cfg.taus and not (falling and cfg.taus[0] <= 1 and cfg.taus[-1] > 0):
+        raise ValueError(
+            f"--taus {' '.join(map(str, cfg.taus))}: anchors fall from at most 1 and stay above 0"
+        )
+    if cfg.taus and len(cfg.taus) != cfg.student_steps:
+        raise ValueError(
+            f"--taus has {len(cfg.taus)} anchors, --student-steps is {cfg.student_steps}; give both"
+        )
+
+
+def differences(old: dict, new: Config) -> list[str]:
+    """Fields, housekeeping aside, in which a saved configuration differs: "field: old -> new"."""
+    now = dataclasses.asdict(new)
+    as_list = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
+    }
+    names = [name for name in as_list if name not in HOUSEKEEPING]
+    return [
+        f"{name}: {old.get(name)} -> {as_list[name]}"
+        for name in names
+        if old.get(name) != as_list[name]
+    ]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def field_comments() -> dict[str, str]:
+    """The trailing comment of every field of Config, for --help."""
+    with open(__file__, encoding="utf-8") as file:
+        body = file.read().split("# fmt: off")[1].split("# fmt: on")[0]
+    fields = [line.strip().split("  # ", 1) for line in body.splitlines() if " = " in line]
+    return {code.split(":")[0]: comment.replace("%", "%%") for code, comment in fields}

@@ -1,0 +1,400 @@
+"""How good are the samples? Numbers and pictures, shared by train.py, evaluate.py and sample.py.
+
+    frechet_distance, recall      of two sets of features
+    read_scene, effective_number  are all *named* attributes right, how varied are the *open* ones
+    Exam                          the embedded task: one sampler's images -> one row of the table
+    exam_table, exam_pictures, curves, save_png
+
+Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import ASSETS, HORIZONTAL, VERTICAL, DigitScenes
+from nets.text import COLOURS, DIGITS, WORD_ID, SceneText
+from nets.vision import Verdict, load_judge
+from nets.weights import digest
+from schedule import generator, grid, normal, sample_ode, sample_x0
+
+# --- measures of features ------------------------------------------------------------------------
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between Gaussians fitted to two sets of features, (N, D) and (M, D), in fp64.
+
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    return (gap + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
+    """The share of real features (N, D) within reach of a made one (M, D).
+
+    Reach: the made feature's distance to its k-th neighbour among the made.
+    """
+    radius = (
+        torch.cdist(made, made).kthvalue(k + 1, dim=1).values
+    )  # the first neighbour is the point itself
+    return (torch.cdist(real, made) <= radius).any(dim=1).float().mean().item()
+
+
+# --- the embedded task ---------------------------------------------------------------------------
+
+FIRST_COLOUR, FIRST_DIGIT = WORD_ID[COLOURS[0]], WORD_ID[DIGITS[0]]
+
+
+@dataclass
+class Reading:
+    """B images held against their captions, objects in caption order."""
+
+    right: Tensor  # (B,) all named attributes are there
+    digits: Tensor  # (B, 2) as seen
+    colours: Tensor  # (B, 2)
+    arrangement: Tensor  # (B,) index into data.ARRANGEMENTS
+    open_digits: Tensor  # (B, 2) the caption leaves it open
+    open_colours: Tensor  # (B, 2)
+    open_arrangement: Tensor  # (B,) "and", between objects whose names tell them apart
+
+
+def read_scene(verdict: Verdict, ids: Tensor) -> Reading:
+    """What is seen, held against caption tokens ids (B, 5).
+
+    With "and", object 1 may stand in either place: the better match counts.
+    """
+    colours = ids[:, [0, 3]] - FIRST_COLOUR  # (B, 2), -1 where open
+    digits = ids[:, [1, 4]] - FIRST_DIGIT  # (B, 2), 10 where open
+    open_colours, open_digits = colours < 0, digits == len(DIGITS)
+    relation = ids[:, 2]
+    matches = []  # for object 1 in the first place, then in the second: named attributes found (B,)
+    for seen_colours, seen_digits in (
+        (verdict.colours, verdict.digits),
+        (verdict.colours.flip(1), verdict.digits.flip(1)),
+    ):
+        found = (open_colours | (seen_colours == colours)).sum(1) + (
+            open_digits | (seen_digits == digits)
+        ).sum(1)
+        matches.append(found)
+    either = relation == WORD_ID["and"]
+    swapped = either & (matches[1] > matches[0])
+    wanted_axis = torch.where(relation == WORD_ID["above"], VERTICAL, HORIZONTAL)
+    found = torch.where(swapped, matches[1], matches[0])
+    tell_apart = ((colours[:, 0] != colours[:, 1]) & ~open_colours.any(1)) | (
+        (digits[:, 0] != digits[:, 1]) & ~open_digits.any(1)
+    )
+    flip = swapped[:, None]
+    return Reading(
+        right=(found == 4) & (either | (verdict.axis == wanted_axis)),
+        digits=torch.where(flip, verdict.digits.flip(1), verdict.digits),
+        colours=torch.where(flip, verdict.colours.flip(1), verdict.colours),
+        arrangement=2 * verdict.axis + swapped,
+        open_digits=open_digits,
+        open_colours=open_colours,
+        open_arrangement=either & tell_apart,
+    )
+
+
+def effective_number(seen: Tensor, is_open: Tensor) -> float:
+    """1 / P(two samples of one caption agree).
+
+    seen (captions, samples), is_open (captions,): which captions count.
+    """
+    seen = seen[is_open]
+    samples = seen.shape[1]
+    agree = (seen[:, :, None] == seen[:, None, :]).sum((1, 2)) - samples
+    return 1 / (agree.float().mean() / (samples * (samples - 1))).item()
+
+
+class Exam:
+    """The embedded task's questions, and the judge.
+
+    Asked are `captions` x `samples` images, and `new` more, named in full, with (colour, digit)
+    pairs held out of training. Images are rounded to 8 bits before they are judged.
+
+    FD-T compares with the teacher's guided samples of 50 steps, seed 0; everything is examined with
+    seed 1, so the row of the teacher's 50 steps is the floor of FD-T.
+    """
+
+    def __init__(self, guidance: float, captions: int = 256, samples: int = 8, new: int = 256):
+        self.judge, self.ghost_limit = load_judge()
+        self.guidance, self.samples = guidance, samples
+        asked = DigitScenes(seed=4, handwriting="held-out")
+        self.captions = [c for c in asked(range(captions)).captions for _ in range(samples)]
+        self.new_captions = DigitScenes(seed=5, pairs="held-out", named=True)(range(new)).captions
+        self.text = SceneText()
+        self.ids = self.text.tokens(self.captions)
+        self.new_ids = self.text.tokens(self.new_captions)
+        held_out = DigitScenes(seed=5, handwriting="held-out", pairs="held-out", named=True)
+        self.real = torch.cat([asked.matching(self.ids), held_out.matching(self.new_ids)])
+        self.real_features = self.features(self.real)
+        self.reference: Tensor | None = None  # features of the teacher's samples, see `ask_teacher`
+        self.floor: Tensor | None = None  # images
+
+    def features(self, images: Tensor) -> Tensor:
+        """What FD-T and recall compare (N, 96), without the new pairs."""
+        return self.judge.judge(round_8bit(images[: len(self.captions)])).features
+
+    def sample(
+        self,
+        net: nn.Module,
+        taus: list[float],
+        sampler: str,
+        guided: bool = False,
+        seed: int = 1,
+        count: int | None = None,
+    ) -> Tensor:
+        """Images (N, 3, 16, 16) in [-1, 1] for the captions, then the new pairs.
+
+        taus, sampler: see `draw_samples`; count: only the first so many.
+        """
+        prompts, parts = (self.captions + self.new_captions)[:count], []
+        for start in range(0, len(prompts), 256):
+            part = prompts[start : start + 256]
+            cond, uncond = self.text(part), self.text([""] * len(part))
+            draws = [generator("exam", seed, start + k) for k in range(len(part))]
+            eps = normal(torch.empty(len(part), 3, 16, 16), draws)
+            scale = self.guidance if guided else None
+            images = draw_samples(net, eps, cond, taus, sampler, uncond, scale, draws)
+            parts.append(images)
+        return torch.cat(parts)
+
+    def ask_teacher(self, teacher: nn.Module) -> None:
+        """The teacher's 50-step samples, from assets/ if they were made with these weights."""
+        images = cached_samples(digest(teacher), self.guidance)
+        if images is None:
+            taus = grid(teacher.schedule, 50)
+            images = [
+                self.sample(teacher, taus, "euler", guided=True, seed=s)
+                for s in tqdm((0, 1), desc="teacher, 50 steps")
+            ]
+        self.reference, self.floor = self.features(images[0]), images[1]
+
+    def row(self, images: Tensor) -> dict[str, float]:
+        """The measures of images (N, 3, 16, 16) in the order of `sample`."""
+        n, new = min(len(images), len(self.captions)), round_8bit(images[len(self.captions) :])
+        verdict = self.judge.judge(round_8bit(images[:n]))
+        features = verdict.features
+        read, first = read_scene(verdict, self.ids[:n]), slice(None, None, self.samples)
+        right_new = read_scene(self.judge.judge(new), self.new_ids).right if len(new) else None
+
+        def number(seen: Tensor, is_open: Tensor) -> float:
+            """What is open depends on the caption alone; both objects of a caption count."""
+            seen = seen.reshape(n, -1).T.reshape(-1, self.samples)
+            return effective_number(seen, is_open[first].reshape(n // self.samples, -1).T.flatten())
+
+        return {
+            "accuracy": 100 * read.right.float().mean().item(),
+            "clean": 100 * (verdict.ghost <= self.ghost_limit).float().mean().item(),
+            "fd": None if self.reference is None else frechet_distance(features, self.reference),
+            "digits": number(read.digits, read.open_digits),
+            "colours": number(read.colours, read.open_colours),
+            "arrangements": number(read.arrangement, read.open_arrangement),
+            "recall": 100 * recall(self.real_features, features),
+            "new": None if right_new is None else 100 * right_new.float().mean().item(),
+        }
+
+    def short(self, student: nn.Module, taus: tuple[float, ...]) -> dict[str, float]:
+        """A quarter of the captions, with the student's own anchors."""
+        count = len(self.captions) // 4
+        return {"nfe": len(taus)} | self.row(self.sample(student, list(taus), "x0", count=count))
+
+
+def draw_samples(net, eps, cond, taus, sampler, uncond, guidance, draws) -> Tensor:
+    """sampler: "x0" (noise again to each anchor) | "euler" (deterministic)."""
+    if sampler == "x0":
+        return sample_x0(net, eps, cond, taus, uncond, guidance, draws)
+    return sample_ode(net, eps, cond, taus, uncond, guidance)
+
+
+def cached_samples(fingerprint: str, guidance: float) -> list[Tensor] | None:
+    """What pretrain.py left in assets/; None if it is of another teacher or guidance."""
+    path = ASSETS / "teacher_samples.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as file:
+        if str(file["digest"]) != fingerprint or float(file["guidance"]) != guidance:
+            return None
+        return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
+
+
+def exam_table(
+    exam: Exam, student: nn.Module, taus: tuple[float, ...], teacher: nn.Module | None
+) -> list[dict]:
+    """Rows for format_table: teacher and student at several numbers of steps, by every sampler.
+
+    taus: the student's own anchors; other numbers of steps use an even grid. Without a teacher:
+    only the student at its own anchors.
+    """
+    rows, plan = [], []
+    if teacher is not None:
+        rows.append({"name": "real, held out", "nfe": 0} | exam.row(exam.real))
+        rows.append({"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor))
+        few = [(steps, True) for steps in (8, 4, 2, 1)] + [(n, False) for n in (50, 8, 4, 2, 1)]
+        plan += [("teacher", teacher, steps, "euler", guided) for steps, guided in few]
+    for sampler in ("x0", "euler"):
+        counts = (1, 2, 4, 8) if teacher is not None else (len(taus),)
+        plan += [("student", student, steps, sampler, False) for steps in counts]
+    for who, net, steps, sampler, guided in tqdm(plan, desc="table"):
+        kind = sampler if who == "student" else "guided" if guided else "unguided"
+        own = who == "student" and steps == len(taus)
+        images = exam.sample(net, list(taus) if own else grid(net.schedule, steps), sampler, guided)
+        nfe = steps * (1 + guided)
+        rows.append({"name": f"{who} {steps}, {kind}", "nfe": nfe} | exam.row(images))
+    return rows
+
+
+def round_8bit(images: Tensor) -> Tensor:
+    """As a PNG would hold them."""
+    return from_uint8(to_uint8(images))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+# --- tables and pictures -------------------------------------------------------------------------
+
+COLUMNS = (
+    ("accuracy", "accuracy", ".1f"),
+    ("clean", "clean", ".1f"),
+    ("fd", "FD-T", ".2f"),
+    ("digits", "digits", ".2f"),
+    ("colours", "colours", ".2f"),
+    ("arrangements", "arrangements", ".2f"),
+    ("recall", "recall", ".1f"),
+    ("new", "new pairs", ".1f"),
+)
+
+
+def format_table(rows: list[dict]) -> str:
+    """Markdown, aligned. Each row: name, nfe (network evaluations per image) and the measures."""
+    cells = [["sampler", "NFE", *(title for _, title, _ in COLUMNS)]]
+    for row in rows:
+        values = ["-" if row[key] is None else format(row[key], form) for key, _, form in COLUMNS]
+        cells.append([row["name"], str(row["nfe"] or "-"), *values])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| "
+        + " | ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in cells
+    ]
+    rule = (
+        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    )
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def save_png(image: Tensor, path: Path, settings: dict, scale: int = 1) -> None:
+    """image (3, H, W) in [-1, 1]; the settings go into the PNG's text as JSON."""
+    picture = Image.fromarray(to_uint8(image).movedim(0, -1).cpu().numpy())
+    picture = picture.resize(
+        (scale * picture.width, scale * picture.height), Image.Resampling.NEAREST
+    )
+    text = PngInfo()
+    text.add_text("settings", json.dumps(settings))
+    picture.save(path, pnginfo=text)
+
+
+def side_by_side(
+    path: Path, captions: list[str], columns: dict[str, Tensor], scale: int = 4
+) -> None:
+    """A PNG: one line per caption, one group of samples per column.
+
+    columns: title -> (captions, samples, 3, H, W).
+    """
+    shape = next(iter(columns.values())).shape
+    samples, height, width = shape[1], scale * shape[-2], scale * shape[-1]
+    font, gap, left, top = ImageFont.load_default(size=15), 6, 300, 28
+    group = samples * (width + 2) + 3 * gap
+    picture = Image.new(
+        "RGB", (left + len(columns) * group, top + len(captions) * (height + gap)), "white"
+    )
+    draw = ImageDraw.Draw(picture)
+    for column, (title, images) in enumerate(columns.items()):
+        x = left + column * group
+        draw.text((x, 6), title, fill="black", font=font)
+        pixels = to_uint8(images).movedim(2, -1).numpy()  # (captions, samples, H, W, 3)
+        for i in range(len(captions)):
+            y = top + i * (height + gap)
+            if column == 0:
+                draw.text((8, y + height // 2 - 9), captions[i], fill="black", font=font)
+            for k in range(samples):
+                tile = Image.fromarray(np.ascontiguousarray(pixels[i, k])).resize(
+                    (width, height), Image.Resampling.NEAREST
+                )
+                picture.paste(tile, (x + k * (width + 2), y))
+    picture.save(path)
+
+
+def exam_pictures(
+    path: Path, exam: Exam, teacher: nn.Module, student: nn.Module, taus: tuple[float, ...]
+) -> None:
+    """Teacher 50, teacher and student with the student's number of steps, from the same noise."""
+    chosen, shown = (0, 1, 2, 3, 4, 6, 8, 9), 4  # captions, samples of each
+    K = len(taus)
+    few = exam.sample(
+        teacher, grid(teacher.schedule, K), "euler", guided=True, count=10 * exam.samples
+    )
+    made = exam.sample(student, list(taus), "x0", count=10 * exam.samples)
+    columns = {
+        "teacher, 50 steps, guided (100 evaluations)": exam.floor,
+        f"teacher, {K} steps, guided ({2 * K})": few,
+        f"student, {K} steps ({K})": made,
+    }
+    pick = [i * exam.samples + k for i in chosen for k in range(shown)]
+    groups = {
+        title: images[pick].unflatten(0, (len(chosen), shown)) for title, images in columns.items()
+    }
+    side_by_side(path, [exam.captions[i * exam.samples] for i in chosen], groups)
+
+
+def curves(path: Path, log: Path, exams: list[dict]) -> None:
+    """Losses, and the exams of the student, over the iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    for axis, names in zip(
+        axes.flat[:3], (("dmd", "isg"), ("fake",), ("gan", "disc")), strict=True
+    ):
+        for name in names:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=0.8)
+                axis.legend()
+        axis.set_title("loss: " + ", ".join(names))
+    for axis, name in zip(axes.flat[3:], ("fd", "clean", "accuracy"), strict=True):
+        axis.plot([row["step"] for row in exams], [row[name] for row in exams], "o-")
+        axis.set_title({"fd": "FD-T"}.get(name, name))
+    for axis in axes.flat:
+        axis.set_xlabel("iteration")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

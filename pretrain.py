@@ -1,0 +1,291 @@
+"""How the embedded networks were made. Writes judge, backbone, teacher, teacher_samples to assets/.
+
+    python pretrain.py            # all, about half an hour on two cores
+    python pretrain.py teacher    # one of them: judge | backbone | teacher | samples
+
+judge      a CNN that reads scenes, the evaluator: first on clean scenes, then on blends with other
+           scenes, for an evaluator that never saw ghosts does not see them
+backbone   a small DINOv2-shaped ViT for the discriminator, another network on purpose: it names
+           what is in the scene (class token) and removes noise (patch tokens)
+teacher    an MM-DiT trained by flow matching
+samples    the teacher's 50-step samples, which FD-T compares with
+
+The settings are here; the log of the shipped weights is in docs/results.md.
+"""
+
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import TEACHERS
+from data import ASSETS, DigitScenes, Scenes
+from ida import ida_update
+from measures import Exam, read_scene, to_uint8
+from model import MMDiT, build, load_teacher
+from nets.text import SceneText
+from nets.vision import DIGITS_VIT, Judge, ViT
+from nets.weights import digest
+from schedule import generator, grid
+
+SEED = 0
+
+
+def cosine(i: int, steps: int, warmup: int) -> float:
+    return min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save(net: nn.Module, name: str, about: dict[str, str]) -> None:
+    """fp16, into assets/."""
+    path = ASSETS / f"{name}.safetensors"
+    save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, path, metadata=about)
+    count, size = sum(p.numel() for p in net.parameters()), path.stat().st_size / 2**20
+    print(f"{path.name}: {count:,} weights, {size:.1f} MiB")
+
+
+# --- judge ---------------------------------------------------------------------------------------
+
+
+def reading_loss(scenes: Scenes, axis: Tensor, digits: Tensor, colours: Tensor) -> Tensor:
+    """Cross entropy of axis, digits and colours, by place."""
+    true_colours, true_digits = scenes.by_place
+    return (
+        F.cross_entropy(axis, scenes.axis)
+        + F.cross_entropy(digits.flatten(0, 1), true_digits.flatten())
+        + F.cross_entropy(colours.flatten(0, 1), true_colours.flatten())
+    )
+
+
+def shake(images: Tensor, draw: torch.Generator, share: float = 0.7) -> Tensor:
+    """A share of the images slightly turned, sheared, scaled and moved (by at most a pixel): 1,437
+    digits are few.
+    """
+
+    def about_zero(size: float) -> Tensor:
+        return size * (2 * torch.rand(len(images), generator=draw) - 1)
+
+    angle, scale, shear = about_zero(0.2), 1 + about_zero(0.12), about_zero(0.2)
+    row_1 = torch.stack([scale * angle.cos(), shear - angle.sin(), about_zero(1 / 8)], dim=-1)
+    row_2 = torch.stack([angle.sin(), scale * angle.cos(), about_zero(1 / 8)], dim=-1)
+    places = F.affine_grid(torch.stack([row_1, row_2], dim=1), images.shape, align_corners=False)
+    moved = F.grid_sample(images + 1, places, align_corners=False) - 1  # black outside
+    return torch.where(
+        (torch.rand(len(images), generator=draw) < share)[:, None, None, None], moved, images
+    )
+
+
+def blend(images: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Half of the images with one or two others shining through:
+
+    the images, and how much, 0 to .5.
+    """
+    B = len(images)
+    amount = 0.5 * torch.rand(B, generator=draw) * (torch.rand(B, generator=draw) < 0.5)
+    second = images.roll(1, 0)
+    one = (torch.rand(B, generator=draw) < 0.5)[:, None, None, None]
+    mixed = torch.where(one, second, (second + images.roll(2, 0)) / 2)
+    weight = amount[:, None, None, None]
+    return (1 - weight) * images + weight * mixed, amount
+
+
+def train_judge(
+    steps: int = 2000, ghost_steps: int = 3000, batch: int = 128, lr: float = 2e-3
+) -> None:
+    torch.manual_seed(SEED)
+    draw, scenes = generator(SEED, "judge"), DigitScenes(seed=1, pairs="all")
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.1)
+    for stage, count, share in (("clean", steps, 1.0), ("ghosts", ghost_steps, 0.5)):
+        bar = tqdm(range(count), desc=f"judge, {stage}")
+        for i in bar:
+            first = (i if stage == "clean" else steps + i) * batch
+            sample = scenes(range(first, first + batch))
+            images = shake(sample.images, draw)
+            if stage == "clean":
+                level = 0.1 * torch.rand(batch, 1, 1, 1, generator=draw)
+                images, amount = images + level * torch.randn(images.shape, generator=draw), None
+            else:
+                images, amount = blend(images, draw)
+            axis, digits, colours, ghost, _ = judge(images)
+            loss = reading_loss(sample, axis, digits, colours)
+            if amount is not None:
+                loss = loss + 20 * F.l1_loss(ghost, amount)
+            set_lr(optimizer, share * lr * cosine(i, count, 50))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.set_postfix(loss=f"{loss:.3f}")
+    judge.eval()
+    real = DigitScenes(seed=2, handwriting="held-out", pairs="all")(range(4096))
+    verdict = judge.judge(real.images)
+    limit = torch.quantile(verdict.ghost, 0.95).item()
+    right = read_scene(verdict, SceneText().tokens(real.captions)).right.float().mean()
+    mixed, amount = blend(real.images, draw)
+    caught = (judge.judge(mixed).ghost > limit)[amount > 0.1].float().mean()
+    print(f"judge, held-out writing: accuracy {100 * right:.1f}, ghosts caught {100 * caught:.1f}")
+    save(judge, "judge", {"ghost_limit": f"{limit:.6f}"})
+
+
+# --- backbone ------------------------------------------------------------------------------------
+
+
+def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None:
+    torch.manual_seed(SEED)
+    draw, scenes = generator(SEED, "backbone"), DigitScenes(seed=3)
+    vit = ViT(DIGITS_VIT)
+    nn.init.normal_(vit.cls_token, std=0.02)
+    nn.init.normal_(vit.pos_embed, std=0.2)
+    read = nn.Linear(DIGITS_VIT.width, 2 + 20 + 12)
+    paint = nn.Linear(DIGITS_VIT.width, 3 * DIGITS_VIT.patch**2)
+    optimizer = torch.optim.AdamW(
+        [*vit.parameters(), *read.parameters(), *paint.parameters()], lr=lr, weight_decay=0.05
+    )
+    bar = tqdm(range(steps), desc="backbone")
+    for i in bar:
+        sample = scenes(range(i * batch, (i + 1) * batch))
+        clean = (sample.images + 1) / 2
+        level = (
+            0.4
+            * torch.rand(batch, 1, 1, 1, generator=draw)
+            * (torch.rand(batch, 1, 1, 1, generator=draw) < 0.7)
+        )
+        tokens = vit(clean + level * torch.randn(clean.shape, generator=draw))
+        axis, digits, colours = read(tokens[:, 0]).split([2, 20, 12], dim=-1)
+        loss_read = reading_loss(
+            sample, axis, digits.unflatten(-1, (2, 10)), colours.unflatten(-1, (2, 6))
+        )
+        patches = F.pixel_unshuffle(clean, DIGITS_VIT.patch).flatten(2).transpose(1, 2)
+        loss_paint = F.mse_loss(paint(tokens[:, 1:]), patches)
+        set_lr(optimizer, lr * cosine(i, steps, 100))
+        optimizer.zero_grad()
+        (loss_read + 20 * loss_paint).backward()
+        nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(read=f"{loss_read:.3f}", paint=f"{loss_paint:.4f}")
+    save(vit, "backbone", {})
+
+
+# --- teacher -------------------------------------------------------------------------------------
+
+
+def init_teacher(net: MMDiT) -> None:
+    """Blocks start as the identity (zero modulation); positions large enough to be told apart
+    early.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for block in net.joint_blocks:
+        for stream in (block.context_block, block.x_block):
+            nn.init.zeros_(stream.adaLN_modulation[1].weight)
+    nn.init.zeros_(net.final_layer.adaLN_modulation[1].weight)
+    nn.init.zeros_(net.final_layer.linear.weight)
+    nn.init.normal_(net.context_embedder.weight, std=0.5)
+    nn.init.normal_(net.pos_embed, std=0.5)
+
+
+def train_teacher(
+    steps: int = 8000,
+    batch: int = 64,
+    lr: float = 2e-3,
+    drop: float = 0.12,
+    ema_decay: float = 0.999,
+) -> None:
+    """Flow matching with logit-normal times; Muon on the blocks' matrices, AdamW on the rest."""
+    torch.manual_seed(SEED)
+    draw, scenes, text = generator(SEED, "teacher"), DigitScenes(seed=0), SceneText()
+    net, ema = (build("digits", TEACHERS["digits"].shift) for _ in range(2))
+    init_teacher(net)
+    ema.load_state_dict(net.state_dict())
+    matrices = [p for p in net.joint_blocks.parameters() if p.ndim == 2]
+    rest = [p for p in net.parameters() if not any(p is q for q in matrices)]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, weight_decay=0.0),
+    )
+    bar = tqdm(range(steps), desc="teacher")
+    start, mean_loss = time.time(), 1.0
+    for i in bar:
+        sample = scenes(range(i * batch, (i + 1) * batch))
+        keep = torch.rand(batch, generator=draw) >= drop
+        cond = text(
+            [caption if k else "" for caption, k in zip(sample.captions, keep, strict=True)]
+        )
+        eps = torch.randn(sample.images.shape, generator=draw)
+        t = torch.randn(batch, generator=draw).sigmoid()
+        x_t = net.schedule.noise(sample.images, eps, t)
+        loss = F.mse_loss(net(x_t, t, cond), net.schedule.target(sample.images, eps))
+        for optimizer in optimizers:
+            set_lr(optimizer, lr * cosine(i, steps, 100))
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        ida_update(
+            ema, net, min(ema_decay, (1 + i) / (10 + i))
+        )  # the same average, here the usual EMA
+        mean_loss += 0.01 * (loss.item() - mean_loss)
+        bar.set_postfix(loss=f"{mean_loss:.4f}")
+        if (i + 1) % 1000 == 0:
+            print(f"teacher {i + 1}: loss {mean_loss:.4f}, {time.time() - start:.0f} s", flush=True)
+            save(ema, "teacher", {"teacher": "digits", "steps": str(i + 1)})
+
+
+# --- the teacher's samples, the reference of FD-T ----------------------------------------------
+
+
+def save_samples() -> None:
+    """What every exam would otherwise spend a minute on:
+
+    the teacher's guided 50-step samples with two noise seeds.
+    """
+    cfg = TEACHERS["digits"]
+    teacher, exam = load_teacher("digits", cfg.shift), Exam(cfg.guidance)
+    taus = grid(teacher.schedule, 50)
+    images = {
+        f"seed{s}": to_uint8(exam.sample(teacher, taus, "euler", guided=True, seed=s)).numpy()
+        for s in (0, 1)
+    }
+    path = ASSETS / "teacher_samples.npz"
+    np.savez_compressed(path, digest=digest(teacher), guidance=cfg.guidance, **images)
+    print(
+        f"{path.name}: {len(images['seed0'])} images twice, {path.stat().st_size / 2**20:.1f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "which",
+        nargs="?",
+        default="all",
+        choices=["all", "judge", "backbone", "teacher", "samples"],
+    )
+    which = parser.parse_args().which
+    if which in ("all", "judge"):
+        train_judge()
+    if which in ("all", "backbone"):
+        train_backbone()
+    if which in ("all", "teacher"):
+        train_teacher()
+    if which in ("all", "teacher", "samples"):
+        save_samples()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""SenseFlow: distil a flow model into a few-step student (Algorithm 1 of the paper).
+
+    python train.py                            # the embedded teacher, on a CPU, in minutes
+    python train.py --student-steps 2          # a two-step student
+    python train.py --no-ida --no-isg --no-gan # plain DMD; each part has its switch
+    python train.py --help                     # every setting
+
+The same command continues an interrupted run. Results are in runs/TEACHER (or --out):
+student.safetensors, samples.png, curves.png, log.csv, metrics.json.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import parallel
+from config import Config, Parser, differences, parse, refuse
+from data import DigitScenes, batch_ids
+from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
+from dmd import dmd_loss, fake_loss, student_input
+from ida import ida_update
+from isg import isg_loss
+from measures import Exam, curves, exam_pictures, exam_table, format_table
+from model import load_teacher
+from nets.text import SceneText
+from nets.vae import Pixels
+from nets.vision import load_backbone
+from nets.weights import save_weights
+from schedule import Cond, Rng, generator, grid
+
+
+@dataclass
+class Batch:
+    ids: range  # global sample numbers
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    x0_real: Tensor  # (B, C, h, w)
+    cond: Cond
+    uncond: Cond | None
+    text: Tensor  # (B, E), what the discriminator reads of the caption
+
+
+@dataclass
+class Nets:
+    student: nn.Module
+    fake: nn.Module
+    teacher: nn.Module
+    disc: Discriminator
+    vae: nn.Module
+    ema: nn.Module  # the student's moving average; the student itself without one
+
+
+@dataclass
+class Learner:
+    """An optimizer and the learning rate its schedule multiplies."""
+
+    optimizer: torch.optim.Optimizer
+    lr: float
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+# --- Algorithm 1 ---------------------------------------------------------------------------------
+
+
+def train_step(
+    step: int, batch: Batch, nets: Nets, opts: dict[str, Learner], cfg: Config
+) -> dict[str, float]:
+    """Fake score and discriminator learn, on every ttur-th step the student. Returns the log."""
+    student, fake, teacher, disc = nets.student, nets.fake, nets.teacher, nets.disc
+    schedule, cond, uncond = student.schedule, batch.cond, batch.uncond
+    learn, log = step % cfg.ttur == 0, {}
+
+    def rng(purpose: str) -> Rng:
+        return Rng(cfg.seed, step, purpose, batch.ids)
+
+    # 1. The student draws: from noised data, or from its own previous output (backward simulation).
+    taus = anchors(cfg, schedule)
+    x_t, i = student_input(student, batch.x0_real, cond, taus, rng("input"), cfg.p_backward)
+    tau_start, tau_end = (x_t.new_full((len(x_t),), tau) for tau in (*taus, 0.0)[i : i + 2])
+    with torch.set_grad_enabled(learn):
+        prediction = student(x_t, tau_start, cond)
+        x0 = schedule.x0(x_t, prediction, tau_start)
+
+    # 2. What the discriminator will see. Where its weight is zero for all, it has no work.
+    weight = omega(schedule, tau_start)
+    judged = cfg.w_gan > 0 and bool(weight.any())
+    if judged:
+        real, reference, text = real_features(batch, disc, cfg, rng)
+        with torch.set_grad_enabled(learn):
+            image = augment(nets.vae.decode(x0), cfg.disc_augment, rng("augment made"))
+            made = disc.features(image)
+
+    # 3. Every ttur-th turn the student learns, and the fake score is pulled after it (IDA).
+    if learn:
+        guidance = (cond, uncond, cfg.guidance_dmd)
+        log["dmd"] = dmd_loss(x0, teacher, fake, *guidance, cfg.t_dmd, rng("dmd"))
+        loss = cfg.w_dmd * log["dmd"]
+        if cfg.w_isg > 0:
+            segment = (student, teacher, x_t, prediction, tau_start, tau_end)
+            how = (cfg.guidance_isg, cfg.isg_margin, cfg.isg_distance)
+            log["isg"] = isg_loss(*segment, cond, uncond, *how, rng("isg"))
+            loss = loss + cfg.w_isg * log["isg"]
+        if judged:
+            log["gan"] = gan_loss(disc, made, reference, text, weight)
+            loss = loss + cfg.w_gan * log["gan"]
+        if update(opts["student"], loss, step, cfg, log, "student"):
+            ida_update(fake, student, cfg.ida_decay)
+            if nets.ema is not student:
+                ida_update(nets.ema, student, cfg.ema)  # the same average of weights
+
+    # 4. The fake score learns the student's samples.
+    log["fake"] = fake_loss(fake, x0, cond, cfg.t_fake, rng("fake"))
+    update(opts["fake"], log["fake"], step, cfg, log, "fake")
+
+    # 5. The discriminator learns to tell them from real images.
+    if judged:
+        disc.power_iteration()
+        log["disc"] = disc_loss(disc, real, made, reference, text, weight)
+        update(opts["disc"], log["disc"], step, cfg, log, "disc")
+    return {name: float(torch.as_tensor(value).detach()) for name, value in log.items()}
+
+
+@torch.no_grad()
+def real_features(
+    batch: Batch, disc: Discriminator, cfg: Config, rng
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Features of the real images, as judged and as reference: one pass if alike. And the text."""
+    real = reference = disc.features(batch.images)
+    if cfg.disc_augment:
+        real = disc.features(augment(batch.images, cfg.disc_augment, rng("augment real")))
+    if not cfg.disc_reference:
+        reference = [torch.zeros_like(x) for x in reference]
+    return real, reference, batch.text if cfg.disc_text else torch.zeros_like(batch.text)
+
+
+def update(opt: Learner, loss: Tensor, step: int, cfg: Config, log: dict, name: str) -> bool:
+    """One AdamW step; none, on any rank, if some rank's loss or gradient is not finite. Did it?"""
+    loss.backward()
+    parameters = opt.parameters()
+    parallel.average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    sound = parallel.agree(bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)), loss.device)
+    if sound:
+        for group in opt.optimizer.param_groups:
+            group["lr"] = opt.lr * lr_factor(step, cfg)
+        opt.optimizer.step()
+    opt.optimizer.zero_grad()
+    log[f"norm_{name}"], log["skipped"] = norm, log.get("skipped", 0) + (not sound)
+    return sound
+
+
+def lr_factor(step: int, cfg: Config) -> float:
+    """Linear warm-up from lr_start, times a cosine to lr_final at the last step."""
+    risen = min(1.0, (step + 1) / (cfg.lr_warmup + 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    warmup = cfg.lr_start + (1 - cfg.lr_start) * risen
+    return warmup * (cfg.lr_final + (1 - cfg.lr_final) * cosine)
+
+
+def anchors(cfg: Config, schedule) -> tuple[float, ...]:
+    """The student's taus, descending from pure noise."""
+    return cfg.taus or tuple(grid(schedule, cfg.student_steps))
+
+
+# --- a run: networks, optimizers, data -----------------------------------------------------------
+
+
+def build_nets(cfg: Config, device: torch.device) -> Nets:
+    """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
+    copies = (load_teacher(cfg.teacher, cfg.shift).to(device) for _ in range(4))
+    teacher, student, fake, ema = copies
+    backbone = load_backbone(cfg.teacher)
+    torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
+    maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
+    disc = Discriminator(backbone, width, maps, SceneText.pooled_width, cfg.disc_channels)
+    frozen = (teacher.requires_grad_(False), disc.to(device), Pixels())
+    for net in (student, fake, ema, disc):
+        parallel.copy_from_rank_zero(net)
+    return Nets(student, fake, *frozen, ema.requires_grad_(False) if cfg.ema else student)
+
+
+def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
+    def learner(net: nn.Module, lr: float) -> Learner:
+        trained = [p for p in net.parameters() if p.requires_grad]
+        settings = {"betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
+        return Learner(torch.optim.AdamW(trained, lr=lr, **settings), lr)
+
+    return {
+        "student": learner(nets.student, cfg.lr),
+        "fake": learner(nets.fake, cfg.lr_fake),
+        "disc": learner(nets.disc.heads, cfg.lr_disc),
+    }
+
+
+def load_batch(
+    step: int, data: DigitScenes, text: SceneText, vae: nn.Module, cfg: Config, device: torch.device
+) -> Batch:
+    ids = batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
+    scenes = data(ids)
+    images = scenes.images.to(device)
+    conds = (text(scenes.captions), text([""] * cfg.batch))
+    cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
+    embedding = text.embedding(scenes.captions).to(device)
+    return Batch(ids, images, vae.encode(images), cond, uncond, embedding)
+
+
+# --- a run: the folder, the log, the loop --------------------------------------------------------
+
+
+def prepare_folder(cfg: Config, overwrite: bool) -> Path:
+    """The output folder, made if need be. ValueError if it holds a run of another configuration."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} cannot be written to; choose another folder with --out")
+    if parallel.rank() > 0:
+        return out
+    saved = out / "config.json"
+    if overwrite:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        saved.unlink(missing_ok=True)
+    if saved.is_file():
+        changed = differences(json.loads(saved.read_text()), cfg)
+        if changed:
+            raise ValueError(
+                f"{out} holds a run of another configuration ({'; '.join(changed)}); "
+                "choose another folder with --out, or start anew with --overwrite"
+            )
+    saved.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    return out
+
+
+LOSSES = ["dmd", "isg", "gan", "fake", "disc"]
+COLUMNS = ["step", *LOSSES, "norm_student", "norm_fake", "norm_disc", "skipped"]
+
+
+def open_log(path: Path, step: int) -> csv.DictWriter:
+    """log.csv, one row an iteration; rows from `step` on, where a run is resumed, are dropped."""
+    rows = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))[:step]
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+    file = open(path, "a", newline="", buffering=1)  # noqa: SIM115 (open as long as the run)
+    return csv.DictWriter(file, COLUMNS, restval="")
+
+
+class Run:
+    """What a run carries from step to step beside weights."""
+
+    def __init__(self):
+        self.exams: list[dict] = []  # short exams so far
+        self.skipped, self.in_a_row = 0, 0  # iterations with an update that was not finite
+        self.stop = False  # SIGTERM came
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_) -> None:
+        self.stop = True
+
+    def count_skipped(self, skipped: float) -> None:
+        """Raises FloatingPointError when ten iterations in a row skipped an update."""
+        self.skipped += int(skipped > 0)
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row == 10:
+            raise FloatingPointError("ten iterations in a row had a loss or gradient not finite")
+
+    def state(self) -> dict:
+        return {"exams": self.exams, "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def resume(self, state: dict) -> int:
+        """Returns the first step to do."""
+        self.exams, self.skipped = state["exams"], state["skipped"]
+        self.in_a_row = state["in_a_row"]
+        return state["step"]
+
+
+def train(
+    cfg: Config, out: Path, nets: Nets, data: DigitScenes, exam: Exam | None, device: torch.device
+) -> Run:
+    """The loop: resume, iterate, examine, save."""
+    opts, run, text, folder = build_learners(nets, cfg), Run(), SceneText(), out / "checkpoints"
+    saved = {"student": nets.student, "fake": nets.fake, "disc": nets.disc.heads}
+    if nets.ema is not nets.student:
+        saved["ema"] = nets.ema
+    optimizers = {name: opt.optimizer for name, opt in opts.items()}
+    state, remarks = parallel.load_checkpoint(folder, saved, optimizers)
+    first = run.resume(state) if state else 0
+    for remark in remarks:
+        say(remark)
+    if state:
+        say(f"continuing {out} at step {first} of {cfg.steps}")
+    log = open_log(out / "log.csv", first) if parallel.rank() == 0 else None
+    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=parallel.rank() > 0)
+    for step in range(first, cfg.steps):
+        batch = load_batch(step, data, text, nets.vae, cfg, device)
+        values = parallel.mean_over_ranks(train_step(step, batch, nets, opts, cfg), device)
+        if log:
+            log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
+        bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
+        bar.update()
+        run.count_skipped(values["skipped"])
+        done, last = step + 1, step + 1 == cfg.steps
+        if exam and cfg.exam_every and (last or done % cfg.exam_every == 0):
+            row = exam.short(nets.ema, anchors(cfg, nets.student.schedule))
+            run.exams.append({"name": f"student, step {done}", "step": done} | row)
+            say(format_table(run.exams[-1:]))
+        stop = not parallel.agree(not run.stop, device)
+        if last or stop or done % cfg.save_every == 0:
+            parallel.save_checkpoint(folder, done, saved, optimizers, run.state(), cfg.keep)
+        if stop and not last:
+            say(f"stopped by SIGTERM after step {done}, saved; the same command continues")
+            raise SystemExit(0)
+    bar.close()
+    return run
+
+
+# --- the end of a run ----------------------------------------------------------------------------
+
+
+def export(nets: Nets, cfg: Config, out: Path) -> Path:
+    """The student as a safetensors file with the teacher's names, fit for sample.py."""
+    path = out / "student.safetensors"
+    metadata = {
+        "modelspec.architecture": cfg.teacher,
+        "modelspec.title": f"SenseFlow {cfg.student_steps}-step student of {cfg.teacher}",
+        "teacher": cfg.teacher,
+        "sampler": "x0",
+        "steps": str(cfg.student_steps),
+        "shift": str(cfg.shift),
+        "taus": json.dumps(anchors(cfg, nets.student.schedule)),
+    }
+    save_weights(nets.ema, path, torch.float32, metadata)
+    return path
+
+
+def report(cfg: Config, out: Path, nets: Nets, exam: Exam | None, run: Run, seconds: float) -> None:
+    """The table, the pictures and metrics.json."""
+    curves(out / "curves.png", out / "log.csv", run.exams)
+    metrics = {"config": dataclasses.asdict(cfg), "train_seconds": seconds, **run.state()}
+    if exam:
+        taus, start = anchors(cfg, nets.student.schedule), time.time()
+        exam_pictures(out / "samples.png", exam, nets.teacher, nets.ema, taus)
+        metrics["table"] = exam_table(exam, nets.ema, taus, nets.teacher if cfg.table else None)
+        metrics["table_seconds"] = time.time() - start
+        print(format_table(metrics["table"]))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+
+
+def say(line: str) -> None:
+    if parallel.rank() == 0:
+        tqdm.write(line)
+
+
+def arguments() -> tuple[Config, argparse.Namespace]:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    overwrite = "start anew where --out holds another run"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
+    for part, field, off in (
+        ("ida", "ida_decay", 1.0),
+        ("isg", "w_isg", 0.0),
+        ("gan", "w_gan", 0.0),
+    ):
+        same = f"the same as --{field.replace('_', '-')} {off:g}"
+        parser.add_argument(f"--no-{part}", dest=field, action="store_const", const=off, help=same)
+    return parse(parser)
+
+
+def main() -> None:
+    try:
+        cfg, given = arguments()
+        device = parallel.start()
+        out = prepare_folder(cfg, given.overwrite)
+        nets, data = build_nets(cfg, device), DigitScenes(seed=cfg.seed)
+        examined = parallel.rank() == 0 and (cfg.table or cfg.exam_every > 0)
+        exam = Exam(cfg.guidance) if examined else None
+    except (ValueError, OSError) as error:
+        refuse(error)
+    if exam:
+        exam.ask_teacher(nets.teacher)
+    start = time.time()
+    try:
+        run = train(cfg, out, nets, data, exam, device)
+    except FloatingPointError as error:
+        newest = parallel.newest(out / "checkpoints") or "none"
+        refuse(f"{error}; the last good checkpoint is {newest}")
+    except KeyboardInterrupt:
+        refuse("interrupted; the same command continues from the last checkpoint")
+    if parallel.rank() == 0:
+        path = export(nets, cfg, out)
+        report(cfg, out, nets, exam, run, time.time() - start)
+        print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
