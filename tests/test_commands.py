@@ -1,0 +1,221 @@
+"""The commands as a user meets them: bad input gets one line and exit code 2; sample.py draws."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import sample
+import train
+from config import TEACHERS, Config, differences, field_comments, resolve
+from model import build, load_teacher
+from nets import vision
+from nets.weights import load_weights, save_weights
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(module, "--flag", ...) -> exit code (0 if it returned), stdout, stderr."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student file with the teacher's weights."""
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    about = {
+        "teacher": "digits",
+        "shift": "2.0",
+        "steps": "2",
+        "sampler": "x0",
+        "taus": "[1.0, 0.5]",
+    }
+    save_weights(load_teacher("digits", 2.0), path, torch.float32, about)
+    return path
+
+
+def refused(result, *named):
+    code, out, err = result
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in named:
+        assert word in err, f"{word} is not named in: {err}"
+
+
+# --- train.py ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "many"], "many"),
+        (["--teacher", "flux"], 'unknown teacher "flux"; choose from digits'),
+        (["--isg-distance", "l1"], '"l1"; choose from l2, charbonnier'),
+        (["--t-dmd", "normal"], "logit-normal"),
+        (["--disc-augment", "flip"], "choose from colour, translation, cutout"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--lr", "-1"], "--lr is -1.0"),
+        (["--ida-decay", "1.5"], "--ida-decay is 1.5"),
+        (["--guidance-dmd", "5", "1"], "--guidance-dmd"),
+        (["--taus", "0.5", "0.7", "--student-steps", "2"], "--taus"),
+        (["--taus", "1", "0.5"], "--student-steps is 4"),
+    ],
+)
+def test_train_refuses_what_cannot_be(command, tmp_path, flags, named):
+    refused(command(train, *flags, "--out", tmp_path / "run"), "train.py: ", named)
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
+
+
+def test_train_refuses_an_unusable_folder(command, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(command(train, "--out", tmp_path / "file"), "file")
+    refused(command(train, "--out", "/proc/run"), "/proc/run")
+
+
+def test_train_refuses_a_folder_of_another_configuration(command, tmp_path):
+    """Names the fields; housekeeping may change; --overwrite starts anew."""
+    flags = ["--steps", 2, "--batch", 2, "--no-table", "--exam-every", 0, "--out", tmp_path]
+    assert command(train, *flags)[0] == 0
+    refused(command(train, *flags, "--lr", 1e-3), "lr: 0.00015 -> 0.001", "--overwrite")
+    assert command(train, *flags, "--keep", 5)[0] == 0
+    assert command(train, *flags, "--lr", 1e-3, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["digits.npz", "teacher.safetensors", "backbone.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, damage):
+    """The file is named."""
+    whole = vision.ASSETS / name
+    broken = tmp_path / name
+    if damage == "cut":
+        broken.write_bytes(whole.read_bytes()[:1000])
+    if name == "digits.npz":
+        monkeypatch.setattr("data.ASSETS", tmp_path)
+    elif name == "teacher.safetensors":
+        monkeypatch.setitem(__import__("model").FILES, "digits", broken)
+    else:
+        monkeypatch.setattr(vision, "ASSETS", tmp_path)
+    flags = ["--no-table", "--exam-every", 0, "--out", tmp_path / "run"]
+    refused(command(train, *flags), str(broken))
+
+
+def test_every_field_has_a_flag_with_a_help_text(command):
+    code, out, _ = command(train, "--help")
+    assert code == 0
+    for field, comment in field_comments().items():
+        assert "--" + field.replace("_", "-") in out and comment
+    assert set(field_comments()) == set(Config.__dataclass_fields__)
+
+
+def test_presets_are_sound_and_flags_win():
+    """The two-step student has a preset of its own; a flag beats both."""
+    for teacher in TEACHERS:
+        assert resolve(teacher).teacher == teacher
+    assert (
+        resolve(student_steps=2).w_isg == 0.3 and resolve(student_steps=2, w_isg=0.7).w_isg == 0.7
+    )
+    saved = json.loads(json.dumps(vars(resolve())))
+    assert differences(saved, resolve(out="elsewhere", keep=9)) == []
+    assert differences(saved, resolve(seed=1)) == ["seed: 0 -> 1"]
+
+
+# --- sample.py -----------------------------------------------------------------------------------
+
+
+def test_sample_draws_and_stores_its_settings(command, student, tmp_path):
+    out = tmp_path / "deep" / "out.png"
+    prompt = "a red three left of a blue seven"
+    assert command(sample, "--checkpoint", student, "--prompt", prompt, "--out", out)[0] == 0
+    picture = Image.open(out)
+    settings = json.loads(picture.text["settings"])
+    assert picture.size == (128, 128)
+    assert settings["prompt"] == prompt and settings["taus"] == [1.0, 0.5] and settings["seed"] == 0
+
+
+def test_an_image_is_the_same_alone_and_among_others(command, student, tmp_path):
+    """Its noise depends on its own seed; other batch sizes may round one level differently."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red three above a digit\n\na digit and a one\n")
+    flags = ["--checkpoint", student, "--steps", 4]
+    many = ["--prompts", prompts, "--seed", 5, 6, "--out", tmp_path / "many.png"]
+    assert command(sample, *flags, *many)[0] == 0
+    one = ["--prompt", "a digit and a one", "--seed", 6, "--out", tmp_path / "one.png"]
+    assert command(sample, *flags, *one)[0] == 0
+    alone = np.asarray(Image.open(tmp_path / "one.png")).astype(int)
+    among = [np.asarray(Image.open(tmp_path / f"many-{i:03d}.png")).astype(int) for i in range(4)]
+    assert np.abs(alone - among[3]).max() <= 1
+    assert all(np.abs(alone - other).max() > 50 for other in among[:3])
+
+
+def test_sample_draws_with_a_teacher(command, tmp_path):
+    flags = ["--teacher", "digits", "--steps", 3, "--prompt", "a digit above a two"]
+    out = tmp_path / "t.png"
+    assert command(sample, *flags, "--negative", "a digit and a digit", "--out", out)[0] == 0
+    settings = json.loads(Image.open(out).text["settings"])
+    assert settings["guidance"] == 2.0 and settings["sampler"] == "euler"
+
+
+def test_sample_refuses_what_it_cannot_draw(command, student, tmp_path):
+    ask = ["--checkpoint", student, "--out", tmp_path / "o.png", "--prompt"]
+    refused(command(sample, *ask, "a purple cow"), '"purple", "cow"', "vocabulary", "seven")
+    refused(command(sample, *ask, "a red seven"), "not of the form")
+    refused(command(sample, *ask, "a digit and a one", "--steps", 0), "--steps is 0")
+    refused(
+        command(sample, "--checkpoint", tmp_path / "no", "--prompt", "a one and a two"), "missing"
+    )
+    refused(command(sample, "--teacher", "flux", "--prompt", "a one and a two"), "flux")
+    refused(command(sample, "--prompt", "a one and a two"), "--checkpoint", "--teacher")
+    refused(
+        command(sample, "--checkpoint", student, "--prompts", tmp_path / "none.txt"), "none.txt"
+    )
+    jpg = ["--prompt", "a one and a two", "--out", "x.jpg"]
+    refused(command(sample, "--checkpoint", student, *jpg), ".png")
+    other = vision.ASSETS / "judge.safetensors"
+    refused(command(sample, "--checkpoint", other, "--prompt", "a one and a two"), "not a student")
+
+
+# --- evaluate.py, weights ------------------------------------------------------------------------
+
+
+def test_evaluate_refuses_missing_files(command, student, tmp_path):
+    refused(command(evaluate, "--student", tmp_path / "none.safetensors"), "none.safetensors")
+    refused(command(evaluate, "--student", student, "--teacher", "nobody"), "nobody")
+
+
+def test_weights_must_be_those_of_the_network(tmp_path):
+    """Names, shapes and finite values are checked before a tensor is assigned."""
+    net, path = build("digits", 2.0), tmp_path / "w.safetensors"
+    before = net.pos_embed.clone()
+    save_weights(torch.nn.Linear(2, 2), path, torch.float32, {})
+    with pytest.raises(ValueError, match=r"another network: .*context_embedder.*unexpected \(bias"):
+        load_weights(net, path)
+    other = build("digits", 2.0)
+    other.pos_embed = torch.nn.Parameter(torch.zeros(1, 9, 96))
+    save_weights(other, path, torch.float32, {})
+    with pytest.raises(ValueError, match="pos_embed has shape"):
+        load_weights(net, path)
+    other = build("digits", 2.0)
+    torch.nn.init.constant_(other.context_embedder.bias, float("nan"))
+    save_weights(other, path, torch.float32, {})
+    with pytest.raises(ValueError, match="context_embedder.bias holds values that are not finite"):
+        load_weights(net, path)
+    assert torch.equal(net.pos_embed, before), "nothing may be assigned from a refused file"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="damaged"):
+        load_weights(net, path)
