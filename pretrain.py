@@ -68,9 +68,7 @@ def reading_loss(scenes: Scenes, axis: Tensor, digits: Tensor, colours: Tensor) 
 
 
 def shake(images: Tensor, draw: torch.Generator, share: float = 0.7) -> Tensor:
-    """A share of the images slightly turned, sheared, scaled and moved (by at most a pixel): 1,437
-    digits are few.
-    """
+    """A share of the images slightly turned, sheared, scaled, moved: 1,437 digits are few."""
 
     def about_zero(size: float) -> Tensor:
         return size * (2 * torch.rand(len(images), generator=draw) - 1)
@@ -86,10 +84,7 @@ def shake(images: Tensor, draw: torch.Generator, share: float = 0.7) -> Tensor:
 
 
 def blend(images: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half of the images with one or two others shining through:
-
-    the images, and how much, 0 to .5.
-    """
+    """Half of the images with one or two others shining through, and how much, 0 to .5."""
     B = len(images)
     amount = 0.5 * torch.rand(B, generator=draw) * (torch.rand(B, generator=draw) < 0.5)
     second = images.roll(1, 0)
@@ -155,11 +150,8 @@ def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None
     for i in bar:
         sample = scenes(range(i * batch, (i + 1) * batch))
         clean = (sample.images + 1) / 2
-        level = (
-            0.4
-            * torch.rand(batch, 1, 1, 1, generator=draw)
-            * (torch.rand(batch, 1, 1, 1, generator=draw) < 0.7)
-        )
+        level = 0.4 * torch.rand(batch, 1, 1, 1, generator=draw)
+        level *= torch.rand(batch, 1, 1, 1, generator=draw) < 0.7
         tokens = vit(clean + level * torch.randn(clean.shape, generator=draw))
         axis, digits, colours = read(tokens[:, 0]).split([2, 20, 12], dim=-1)
         loss_read = reading_loss(
@@ -173,6 +165,11 @@ def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None
         nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(read=f"{loss_read:.3f}", paint=f"{loss_paint:.4f}")
+    seen, real = vit.eval(), DigitScenes(seed=2, handwriting="held-out")(range(1024))
+    with torch.no_grad():
+        digits = read(seen((real.images + 1) / 2)[:, 0])[:, 2:22].unflatten(-1, (2, 10)).argmax(-1)
+    right = (digits == real.by_place[1]).float().mean()
+    print(f"backbone, held-out writing: digits {100 * right:.1f} right")
     save(vit, "backbone", {})
 
 
@@ -180,9 +177,7 @@ def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None
 
 
 def init_teacher(net: MMDiT) -> None:
-    """Blocks start as the identity (zero modulation); positions large enough to be told apart
-    early.
-    """
+    """Blocks start as the identity (zero modulation); positions are told apart from the start."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -206,8 +201,9 @@ def train_teacher(
     """Flow matching with logit-normal times; Muon on the blocks' matrices, AdamW on the rest."""
     torch.manual_seed(SEED)
     draw, scenes, text = generator(SEED, "teacher"), DigitScenes(seed=0), SceneText()
-    net, ema = (build("digits", TEACHERS["digits"].shift) for _ in range(2))
+    net = build("digits", TEACHERS["digits"].shift)
     init_teacher(net)
+    ema = build("digits", TEACHERS["digits"].shift)
     ema.load_state_dict(net.state_dict())
     matrices = [p for p in net.joint_blocks.parameters() if p.ndim == 2]
     rest = [p for p in net.parameters() if not any(p is q for q in matrices)]
@@ -239,19 +235,16 @@ def train_teacher(
         )  # the same average, here the usual EMA
         mean_loss += 0.01 * (loss.item() - mean_loss)
         bar.set_postfix(loss=f"{mean_loss:.4f}")
-        if (i + 1) % 1000 == 0:
+        if (i + 1) % 1000 == 0 or i + 1 == steps:
             print(f"teacher {i + 1}: loss {mean_loss:.4f}, {time.time() - start:.0f} s", flush=True)
-            save(ema, "teacher", {"teacher": "digits", "steps": str(i + 1)})
+            save(ema, "teacher", {"teacher": "digits", "iterations": str(i + 1)})
 
 
 # --- the teacher's samples, the reference of FD-T ----------------------------------------------
 
 
 def save_samples() -> None:
-    """What every exam would otherwise spend a minute on:
-
-    the teacher's guided 50-step samples with two noise seeds.
-    """
+    """The teacher's guided 50-step samples, two seeds: every exam would spend a minute on them."""
     cfg = TEACHERS["digits"]
     teacher, exam = load_teacher("digits", cfg.shift), Exam(cfg.guidance)
     taus = grid(teacher.schedule, 50)
