@@ -113,9 +113,7 @@ class DigitScenes:
         return Scenes(colours, digits, arrangement, captions, images)
 
     def matching(self, ids: Tensor) -> Tensor:
-        """One image (3, 16, 16) for each of the captions ids (B, 5), drawn from all scenes it
-        describes: (B, 3, 16, 16).
-        """
+        """An image of a scene that fits, for each of the captions ids (B, 5): (B, 3, 16, 16)."""
         draws = [generator("matching", self.seed, i) for i in range(len(ids))]
         u = torch.stack([torch.rand(16, generator=g) for g in draws])
         jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
@@ -170,9 +168,9 @@ class DigitScenes:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """The UCI optical digits:
+    """The UCI optical digits, images (1797, 8, 8) in [0, 1] and labels (1797,).
 
-    images (1797, 8, 8) in [0, 1], labels (1797,). Raises ValueError if the file is damaged.
+    Raises ValueError if the file is missing or damaged.
     """
     path = ASSETS / "digits.npz"
     try:

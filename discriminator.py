@@ -63,10 +63,7 @@ class SpectralConv(nn.Module):
 
 
 class GroupStatistics(nn.Module):
-    """Batch norm without memory:
-
-    mean and variance over space and over groups of 8 samples, per channel, in fp32.
-    """
+    """Batch norm without memory, in fp32: per channel, over space and over groups of 8 samples."""
 
     def __init__(self, channels: int, group: int = 8):
         super().__init__()
@@ -144,10 +141,9 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """backbone:
+    """A frozen backbone and a trainable head for each of its feature maps.
 
-    any module with `maps(image in [0, 1]) -> list of (B, width, h, w)`, `count` of them; it stays
-    frozen.
+    backbone: any module with `maps(image in [0, 1]) -> list of (B, width, h, w)`, `count` of them.
     """
 
     def __init__(
@@ -188,9 +184,10 @@ def omega(schedule, tau: Tensor) -> Tensor:
 def gan_loss(
     disc: Discriminator, made: list[Tensor], reference: list[Tensor], text: Tensor, weight: Tensor
 ) -> Tensor:
-    """The student's adversarial loss, -mean(weight logits). Its gradient reaches the pixels behind
-    `made`, never the heads (official code: it stays in the heads and is applied with their next
-    step).
+    """The student's adversarial loss, -mean(weight logits).
+
+    Its gradient reaches the pixels behind `made`, never the heads (official code: it stays in the
+    heads and is applied with their next step).
     """
     disc.heads.requires_grad_(False)
     logits = disc(made, disc.condition(reference, text))
@@ -206,10 +203,9 @@ def disc_loss(
     text: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """Hinge:
+    """Hinge, mean of weight (relu(1 - real logits) + relu(1 + made logits)).
 
-    mean of weight (relu(1 - real logits) + relu(1 + made logits)). No gradient reaches the
-    features.
+    Features carry no gradient here: the heads learn, nothing else.
     """
     real, made, reference = ([x.detach() for x in maps] for maps in (real, made, reference))
     condition = disc.condition(reference, text)
@@ -270,11 +266,7 @@ AUGMENTATIONS = {
 
 
 def augment(image: Tensor, policy: tuple[str, ...], rng: Rng) -> Tensor:
-    """DiffAugment:
-
-    differentiable, drawn per sample. policy: names from AUGMENTATIONS, in that order; () changes
-    nothing.
-    """
+    """DiffAugment, drawn per sample. policy: names from AUGMENTATIONS; () changes nothing."""
     for name in policy:
         image = AUGMENTATIONS[name](image, rng)
     return image

@@ -85,9 +85,9 @@ def dmd_loss(
 
 
 def fake_loss(fake: Callable, x0: Tensor, cond: Cond, times: str, rng: Rng) -> Tensor:
-    """Flow matching (for DDPM:
+    """Flow matching (DDPM: noise prediction) on the student's samples, which get no gradient.
 
-    noise prediction) on the student's samples, from which no gradient flows. Scalar, fp32.
+    Scalar, fp32.
     """
     schedule, x0 = fake.schedule, x0.detach()
     t, eps = draw_t(times, schedule, rng, x0.device), normal(x0, rng.own)

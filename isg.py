@@ -19,9 +19,7 @@ from schedule import Cond, Rng, guided, uniform
 
 
 def draw_mid(tau_start: Tensor, tau_end: Tensor, margin: float, rng: Rng) -> Tensor:
-    """(B,) uniform inside the segment, `margin` off its ends; a segment shorter than two margins
-    gives its middle.
-    """
+    """(B,) uniform inside the segment, `margin` off its ends (the middle, if it is too short)."""
     assert (tau_start > tau_end).all(), (
         f"a segment runs from noisy to clean, got {tau_start} -> {tau_end}"
     )
@@ -36,10 +34,7 @@ def distance_l2(x: Tensor, x_tar: Tensor) -> Tensor:
 
 
 def distance_charbonnier(x: Tensor, x_tar: Tensor) -> Tensor:
-    """Official code:
-
-    mean of sqrt(d^2 + 1e-6) - 1e-3, fp32: squared for small d, absolute for large.
-    """
+    """Official code: mean of sqrt(d^2 + 1e-6) - 1e-3, fp32; squared for small d, else absolute."""
     return ((x.float() - x_tar.float()).square() + 1e-6).sqrt().sub(1e-3).mean()
 
 
@@ -60,9 +55,9 @@ def isg_loss(
     distance: str,
     rng: Rng,
 ) -> Tensor:
-    """Scalar, fp32. prediction: the student's at (x_t, tau_start), already made for DMD and
-    carrying the gradient.
+    """Scalar, fp32.
 
+    prediction: the student's at (x_t, tau_start), already made for DMD, carrying the gradient;
     guidance: range of the teacher's scale, drawn per sample; distance: "l2" | "charbonnier".
     """
     step = student.schedule.step

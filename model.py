@@ -41,10 +41,7 @@ def time_embedding(t: Tensor, dim: int = 256) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, L, D), shift and scale (B, D):
-
-    the layer norm's missing affine, chosen by time and text.
-    """
+    """The layer norm's missing affine, chosen by time and text. x (B, L, D), the others (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 

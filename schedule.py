@@ -156,9 +156,9 @@ def sample_x0(
     guidance: float | None = None,
     generators: list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Each anchor:
+    """At each anchor: estimate x0, noise it again (fresh noise) to the next one.
 
-    estimate x0, noise it again (fresh noise) to the next one. eps, result: (B, C, H, W).
+    eps, result: (B, C, H, W).
     """
     x0 = None
     for tau in taus:
@@ -198,9 +198,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Gaussian noise in the shape, dtype and device of `like` (B, ...); row b comes from
-    generators[b].
-    """
+    """Gaussian noise like `like` (B, ...); row b comes from generators[b]."""
     rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
     return torch.stack(rows).to(like.device, like.dtype)
 

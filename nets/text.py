@@ -24,9 +24,7 @@ ARTICLE = r"\b(a|an)\s+"
 
 
 def scene_tokenizer() -> Tokenizer:
-    """Word level; an article straight before a digit becomes the pad token, that is, an open
-    colour.
-    """
+    """Word level; an article straight before a digit becomes the pad token, an open colour."""
     tokenizer = Tokenizer(models.WordLevel(WORD_ID, unk_token=PAD))
     digit = "|".join((*DIGITS, ANY_DIGIT))
     tokenizer.normalizer = normalizers.Sequence(
@@ -42,8 +40,7 @@ def scene_tokenizer() -> Tokenizer:
 
 
 class SceneText(nn.Module):
-    """Captions of the embedded task as one-hot vectors. In place of text encoders; it has no
-    weights.
+    """Captions as one-hot vectors, in place of text encoders. It has no weights.
 
     context (B, 5, words + 5): each slot's word and its place; pooled (B, 5 words): the same words,
     flat.
@@ -92,8 +89,8 @@ class SceneText(nn.Module):
         return self.encode(self.tokens(captions))
 
     def embedding(self, captions: list[str]) -> Tensor:
-        """What the discriminator reads:
+        """What the discriminator reads: the words (B, 5 words), L2-normalised.
 
-        (B, 5 words), L2-normalised; for the large teachers, CLIP's text embedding.
+        For the large teachers that is CLIP's text embedding.
         """
         return nn.functional.normalize(self.encode(self.tokens(captions))["pooled"], dim=-1)

@@ -131,9 +131,10 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def maps(self, image: Tensor) -> list[Tensor]:
-        """What the discriminator reads: the tokens before block 0 and after each hooked block,
-        without final norm, as maps (B, D, rows, columns), the class token added to every patch
-        token (official code).
+        """What the discriminator reads, as maps (B, D, rows, columns).
+
+        The tokens before block 0 and after each hooked block, without final norm, the class token
+        added to every patch token (official code).
         """
         rows, columns = (size // self.cfg.patch for size in image.shape[-2:])
         x = self.embed(image)
@@ -182,9 +183,10 @@ class Judge(nn.Module):
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """-> logits of the axis (B, 2), digits (B, 2, 10), colours (B, 2, 6); the ghost (B,);
-        features (B, 96): ten times the last convolution's maps averaged over space, as in the
-        FID."""
+        """Logits of axis (B, 2), digits (B, 2, 10), colours (B, 2, 6); ghost (B,); features.
+
+        The features (B, 96) are ten times the last maps averaged over space, as in the FID.
+        """
         maps = self.body(image)
         axis, digits, colours, ghost = self.head(maps).split([2, 20, 12, 1], dim=-1)
         digits, colours = digits.unflatten(-1, (2, 10)), colours.unflatten(-1, (2, 6))
