@@ -1,8 +1,7 @@
-"""Choices: one flat dataclass, one literal dict of teachers, and the flags made from them. Imports
-nothing of ours.
+"""Choices: one flat dataclass, one dict of teachers, and the flags made from them.
 
 A run is `TEACHERS[name]`, then what STUDENT_STEPS says for another number of student steps, then
-the flags. Differences between teachers are data, never code.
+the flags. Differences between teachers are data, never code. Imports nothing of ours.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """The discriminator on a frozen vision foundation model: do these pixels look real, given a caption
 and a real reference image?
 
-    Sec. 4.3, discriminator       Discriminator        frozen backbone -> maps -> one head each
-    Sec. 4.3, timestep weight     omega                feedback where little noise is left
-    Sec. 4.3, adversarial losses  gan_loss, disc_loss  hinge
-              DiffAugment         augment              colour, translation, cutout, of images judged
+    VFM discriminator    Discriminator        frozen backbone -> feature maps -> one head each
+    timestep weight      omega                adversarial feedback where little noise is left
+    adversarial losses   gan_loss, disc_loss  hinge
+    DiffAugment          augment              colour, translation, cutout, of the images judged
 
 Images are (B, 3, H, W) in [-1, 1]. The heads follow the official code. Knows nothing of files,
 ranks or configuration.
@@ -15,8 +15,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from schedule import Rng, per_sample, uniform
 
 SLOPE = 0.2  # of the leaky ReLU
 EMBEDDING = 64  # width in which features meet the condition
@@ -217,44 +215,38 @@ def disc_loss(
 # --- DiffAugment ---------------------------------------------------------------------------------
 
 
-def augment_colour(image: Tensor, rng: Rng) -> Tensor:
+def draw(rng, low: float, high: float, like: Tensor) -> Tensor:
+    """(B, 1, 1, 1), uniform, each sample from its own generator in rng.own."""
+    u = torch.stack([torch.rand((), generator=g) for g in rng.own])
+    return (low + (high - low) * u).to(like.device, like.dtype)[:, None, None, None]
+
+
+def augment_colour(image: Tensor, rng) -> Tensor:
     """Brightness by up to .5, saturation by 0 to 2, contrast by .5 to 1.5."""
-    brightness, saturation, contrast = (
-        per_sample(uniform(rng.own, *r).to(image), image) for r in ((-0.5, 0.5), (0, 2), (0.5, 1.5))
-    )
-    image = image + brightness
+    image = image + draw(rng, -0.5, 0.5, image)
     grey = image.mean(1, keepdim=True)
-    image = (image - grey) * saturation + grey
+    image = (image - grey) * draw(rng, 0, 2, image) + grey
     mean = image.mean((1, 2, 3), keepdim=True)
-    return (image - mean) * contrast + mean
+    return (image - mean) * draw(rng, 0.5, 1.5, image) + mean
 
 
-def augment_translation(image: Tensor, rng: Rng, ratio: float = 0.125) -> Tensor:
-    """By up to an eighth of the side, black (-1) behind."""
-    B, _, H, W = image.shape
-    down, right = (
-        (uniform(rng.own, -1, 1) * (ratio * size + 0.5)).long().to(image.device) for size in (H, W)
-    )
-    rows = torch.arange(H, device=image.device) - down[:, None]  # (B, H)
-    columns = torch.arange(W, device=image.device) - right[:, None]  # (B, W)
-    inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[
-        :, None, None, :
-    ]
-    b = torch.arange(B, device=image.device)[:, None, None]
-    moved = image.movedim(1, -1)[
-        b, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]
-    ].movedim(-1, 1)
-    return torch.where(inside, moved, -1.0)
-
-
-def augment_cutout(image: Tensor, rng: Rng, ratio: float = 0.5) -> Tensor:
-    """A square of half the side becomes grey (0)."""
+def augment_translation(image: Tensor, rng, ratio: float = 0.125) -> Tensor:
+    """By up to an eighth of the side, black (-1) behind: a random window of the padded image."""
     H, W = image.shape[-2:]
-    inside = []
-    for size in (H, W):
-        centre = (uniform(rng.own) * size).long().to(image.device)[:, None]
-        inside.append((torch.arange(size, device=image.device) - centre).abs() < ratio * size / 2)
-    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    far_h, far_w = round(ratio * H), round(ratio * W)
+    padded = F.pad(image, (far_w, far_w, far_h, far_h), value=-1.0)
+    tops, lefts = (draw(rng, 0, 2 * far + 1, image).long().flatten() for far in (far_h, far_w))
+    windows = zip(padded, tops.tolist(), lefts.tolist(), strict=True)
+    return torch.stack([x[:, top : top + H, left : left + W] for x, top, left in windows])
+
+
+def augment_cutout(image: Tensor, rng, ratio: float = 0.5) -> Tensor:
+    """A square of half the side, anywhere, becomes grey (0)."""
+    H, W = image.shape[-2:]
+    rows, columns = (torch.arange(size, device=image.device) for size in (H, W))
+    centre_h, centre_w = draw(rng, 0, H, image), draw(rng, 0, W, image)  # (B, 1, 1, 1)
+    hole = (rows[:, None] - centre_h).abs() < ratio * H / 2
+    hole = hole & ((columns - centre_w).abs() < ratio * W / 2)
     return torch.where(hole, 0.0, image)
 
 
@@ -265,7 +257,7 @@ AUGMENTATIONS = {
 }
 
 
-def augment(image: Tensor, policy: tuple[str, ...], rng: Rng) -> Tensor:
+def augment(image: Tensor, policy: tuple[str, ...], rng) -> Tensor:
     """DiffAugment, drawn per sample. policy: names from AUGMENTATIONS; () changes nothing."""
     for name in policy:
         image = AUGMENTATIONS[name](image, rng)

@@ -1,9 +1,9 @@
 """Distribution matching distillation: move the student's samples to the teacher's distribution.
 
-    Algorithm 1          student_input  what the student is fed: noised data, or its own output
-    Sec. 2, DMD          dmd_gradient   from the fake score's estimate of x0 to the teacher's
-    Sec. 2, DMD          dmd_loss       a loss whose gradient in x0 is that over the element count
-    Sec. 2, fake score   fake_loss      the fake score learns the student's samples by denoising
+    student input (Algorithm 1)   student_input   noised data, or the student's own output again
+    DMD gradient                  dmd_gradient    from the fake score's estimate to the teacher's
+    DMD loss                      dmd_loss        carries that gradient, over the element count
+    fake score                    fake_loss       learns the student's samples by denoising them
 
 Knows nothing of devices, files, ranks or configuration. Latents are (B, C, H, W), times (B,); see
 schedule.py for `net`, `cond` and `rng`.

@@ -1,6 +1,6 @@
 """Implicit distribution alignment: after each student update, pull the fake score to the student.
 
-    Sec. 4.1, IDA update   ida_update   phi <- lambda phi + (1 - lambda) theta
+    IDA update   ida_update   phi <- lambda phi + (1 - lambda) theta
 
 The student has just moved, and the fake score, which knows only the student's past samples, lags
 behind. Both are one architecture, started from one teacher, so their weights can be averaged; that

@@ -1,8 +1,8 @@
 """Intra-segment guidance: the teacher shows the student what happens between two of its anchors.
 
-    Sec. 4.2, a segment      draw_mid   a time tau_mid inside it, tau_start > tau_mid > tau_end
-    Sec. 4.2, ISG (Eq. 12)   isg_loss   the student's one step over the segment, against the
-                                        teacher's step to tau_mid and the student's from there
+    a time in a segment   draw_mid   tau_mid, with tau_start > tau_mid > tau_end
+    ISG loss (Eq. 12)     isg_loss   the student's one step over the segment, against the teacher's
+                                     step to tau_mid and the student's from there
 
     tau_start ---- teacher, guided ----> tau_mid ---- student ----> tau_end   target, no gradient
     tau_start ------------------------ student -------------------> tau_end   learns to get there

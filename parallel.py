@@ -1,10 +1,10 @@
-"""Ranks and checkpoints. The only file, beside the commands, that knows there may be several
-processes.
+"""Ranks and checkpoints: beside the commands, the only file that knows of several processes.
 
-    start, stop, world       one process is a world of one; `torchrun` makes more
-    copy_from_rank_zero, average_gradients   replicas: equal at the start, equal after every update
-    agree                    a yes/no on which all ranks must act alike
-    save_checkpoint, load_checkpoint   written to a temporary folder, checked, renamed
+    start, stop, rank, world          one process is a world of one; torchrun makes more
+    copy_from_rank_zero               replicas begin alike
+    average_gradients                 and stay alike
+    agree                             a yes or no on which all ranks must act alike
+    save_checkpoint, load_checkpoint  into a temporary folder, checked, renamed
 
 A checkpoint is a folder `step-N` with the tensors, `extra.json`, and `digests.json`, written last:
 a folder whose digests do not agree is damaged, and the one before it is used.

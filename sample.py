@@ -1,7 +1,7 @@
 """Images from prompts, by a student or its teacher.
 
     python sample.py --checkpoint FILE --prompt "a red three left of a digit"
-    python sample.py --teacher digits --steps 50 --guidance 2.5 --prompt "a digit above a green two"
+    python sample.py --teacher digits --steps 50 --guidance 2 --prompt "a digit above a green two"
     python sample.py --checkpoint FILE --prompts FILE --seed 0 1 2 --out folder/name.png
 
 One prompt and one seed write --out; more write name-000.png, name-001.png, ... The noise of an

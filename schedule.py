@@ -1,11 +1,10 @@
-"""Noise and time: how data is mixed with noise, how a network's prediction is read, how samples are
-drawn.
+"""Noise and time: how data is mixed with noise, how a prediction is read, how samples are drawn.
 
-    Sec. 2  Flow, DDPM      x_t = alpha(t) x0 + sigma(t) eps, and the prediction as x0 or eps
-    Sec. 2  guided          classifier-free or embedded guidance, the only place that knows which
-    Sec. 4  sample_x0       few-step sampling: estimate x0, noise it again to the next anchor
-    Sec. 4  sample_ode      deterministic sampling: Euler for Flow, DDIM for DDPM
-            Rng, draw_t     random numbers, a function of (seed, step, purpose, sample)
+    Flow, DDPM    x_t = alpha(t) x0 + sigma(t) eps, and a network's prediction as x0 or eps
+    guided        classifier-free or embedded guidance, the only place that knows which
+    sample_x0     few-step sampling: estimate x0, noise it again to the next anchor
+    sample_ode    deterministic sampling: Euler for Flow, DDIM for DDPM
+    Rng, draw_t   random numbers, a function of (seed, step, purpose, sample)
 
 A denoiser is anything called as `net(x_t, t, cond)` that returns its prediction in the shape of x_t
 (B, C, H, W) and carries `net.schedule`. Time t is (B,) in [0, 1], 1 is noise, after any resolution

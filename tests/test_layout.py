@@ -18,7 +18,7 @@ ALLOWED = {
     "ida": set(),
     "dmd": {"schedule"},
     "isg": {"schedule"},
-    "discriminator": {"schedule", "nets"},
+    "discriminator": {"nets"},
     "data": {"config", "schedule", "parallel", "nets"},
     "model": {"config", "schedule", "parallel", "nets"},
 }
