@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schedule import Cond, Rng, draw_t, guided, normal, uniform
+from schedule import Cond, Rng, draw_t, guided, normal, per_sample, uniform
 
 
 @torch.no_grad()
@@ -52,10 +52,8 @@ def dmd_gradient(x0: Tensor, x0_fake: Tensor, x0_teacher: Tensor) -> Tensor:
     All (B, C, H, W).
     """
     x0, x0_fake, x0_teacher = x0.float(), x0_fake.float(), x0_teacher.float()
-    scale = (x0 - x0_teacher).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
-    return torch.where(
-        scale > 0, (x0_fake - x0_teacher) / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0
-    )
+    scale = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0)
+    return torch.where(scale > 0, (x0_fake - x0_teacher) / scale, 0.0)
 
 
 def dmd_loss(

@@ -74,6 +74,8 @@ def main() -> None:
         exam = Exam(preset.guidance if given.guidance is None else given.guidance)
     except (ValueError, OSError) as error:
         refuse(error)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher, student = teacher.to(device), student.to(device)
     with torch.no_grad():
         exam.ask_teacher(teacher)
         rows = exam_table(exam, student, json.loads(about["taus"]), teacher)

@@ -163,14 +163,16 @@ class Exam:
         taus, sampler: see `draw_samples`; count: only the first so many.
         """
         prompts, parts = (self.captions + self.new_captions)[:count], []
+        device = next(net.parameters()).device
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
-            cond, uncond = self.text(part), self.text([""] * len(part))
+            conds = (self.text(part), self.text([""] * len(part)))
+            cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
             draws = [generator("exam", seed, start + k) for k in range(len(part))]
-            eps = normal(torch.empty(len(part), 3, 16, 16), draws)
+            eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
             scale = self.guidance if guided else None
             images = draw_samples(net, eps, cond, taus, sampler, uncond, scale, draws)
-            parts.append(images)
+            parts.append(images.cpu())
         return torch.cat(parts)
 
     def ask_teacher(self, teacher: nn.Module) -> None:

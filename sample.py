@@ -106,12 +106,15 @@ def main() -> None:
         net, settings = load(given)
     except (ValueError, OSError) as error:
         refuse(error)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device)
     bar = tqdm(total=len(jobs), desc="images")
     for start in range(0, len(jobs), given.batch):
         part = jobs[start : start + given.batch]
         draws = [generator("sample", seed) for _, seed in part]
-        eps = normal(torch.empty(len(part), 3, 16, 16), draws)
-        cond, uncond = text([prompt for prompt, _ in part]), text([given.negative] * len(part))
+        eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
+        conds = (text([prompt for prompt, _ in part]), text([given.negative] * len(part)))
+        cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
         latents = draw_samples(
             net,
             eps,
