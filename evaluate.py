@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from config import TEACHERS, Parser, refuse
-from measures import COLUMNS, Exam, exam_pictures, exam_table, format_table
+from measures import COLUMNS, Exam, exam_table, format_table
 from model import load_denoiser, load_student, load_teacher
+from pictures import exam_pictures
 
 
 def summary(runs: list[Path]) -> str:

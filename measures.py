@@ -1,22 +1,18 @@
-"""How good are the samples? Numbers and pictures, shared by train.py, evaluate.py and sample.py.
+"""How good are the samples? Shared by train.py, evaluate.py and pretrain.py.
 
     frechet_distance, recall      of two sets of features
     read_scene, effective_number  are all *named* attributes right, how varied are the *open* ones
     Exam                          the embedded task: one sampler's images -> one row of the table
-    exam_table, exam_pictures, curves, save_png
+    exam_table, format_table      teacher beside student
 
 Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
 """
 
-import csv
-import json
 from dataclasses import dataclass
-from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,9 +44,7 @@ def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
 
     Reach: the made feature's distance to its k-th neighbour among the made.
     """
-    radius = (
-        torch.cdist(made, made).kthvalue(k + 1, dim=1).values
-    )  # the first neighbour is the point itself
+    radius = torch.cdist(made, made).kthvalue(k + 1, dim=1).values  # the first is the point itself
     return (torch.cdist(real, made) <= radius).any(dim=1).float().mean().item()
 
 
@@ -80,32 +74,28 @@ def read_scene(verdict: Verdict, ids: Tensor) -> Reading:
     colours = ids[:, [0, 3]] - FIRST_COLOUR  # (B, 2), -1 where open
     digits = ids[:, [1, 4]] - FIRST_DIGIT  # (B, 2), 10 where open
     open_colours, open_digits = colours < 0, digits == len(DIGITS)
-    relation = ids[:, 2]
-    matches = []  # for object 1 in the first place, then in the second: named attributes found (B,)
-    for seen_colours, seen_digits in (
-        (verdict.colours, verdict.digits),
-        (verdict.colours.flip(1), verdict.digits.flip(1)),
-    ):
-        found = (open_colours | (seen_colours == colours)).sum(1) + (
-            open_digits | (seen_digits == digits)
-        ).sum(1)
-        matches.append(found)
-    either = relation == WORD_ID["and"]
-    swapped = either & (matches[1] > matches[0])
-    wanted_axis = torch.where(relation == WORD_ID["above"], VERTICAL, HORIZONTAL)
-    found = torch.where(swapped, matches[1], matches[0])
-    tell_apart = ((colours[:, 0] != colours[:, 1]) & ~open_colours.any(1)) | (
-        (digits[:, 0] != digits[:, 1]) & ~open_digits.any(1)
-    )
+    either, above = ids[:, 2] == WORD_ID["and"], ids[:, 2] == WORD_ID["above"]
+
+    def found(seen_colours: Tensor, seen_digits: Tensor) -> Tensor:
+        """(B,) how many of the four attributes fit, open ones included."""
+        fits = (open_colours | (seen_colours == colours), open_digits | (seen_digits == digits))
+        return torch.cat(fits, dim=1).sum(1)
+
+    straight = found(verdict.colours, verdict.digits)  # object 1 in the first place
+    crossed = found(verdict.colours.flip(1), verdict.digits.flip(1))
+    swapped = either & (crossed > straight)
+    axis_fits = either | (verdict.axis == torch.where(above, VERTICAL, HORIZONTAL))
+    other_colour = (colours[:, 0] != colours[:, 1]) & ~open_colours.any(1)
+    other_digit = (digits[:, 0] != digits[:, 1]) & ~open_digits.any(1)
     flip = swapped[:, None]
     return Reading(
-        right=(found == 4) & (either | (verdict.axis == wanted_axis)),
+        right=(torch.where(swapped, crossed, straight) == 4) & axis_fits,
         digits=torch.where(flip, verdict.digits.flip(1), verdict.digits),
         colours=torch.where(flip, verdict.colours.flip(1), verdict.colours),
         arrangement=2 * verdict.axis + swapped,
         open_digits=open_digits,
         open_colours=open_colours,
-        open_arrangement=either & tell_apart,
+        open_arrangement=either & (other_colour | other_digit),
     )
 
 
@@ -224,14 +214,19 @@ def draw_samples(net, eps, cond, taus, sampler, uncond, guidance, draws) -> Tens
 
 
 def cached_samples(fingerprint: str, guidance: float) -> list[Tensor] | None:
-    """What pretrain.py left in assets/; None if it is of another teacher or guidance."""
+    """What pretrain.py left in assets/; None if it is of another teacher or guidance, or absent."""
     path = ASSETS / "teacher_samples.npz"
     if not path.is_file():
         return None
-    with np.load(path) as file:
-        if str(file["digest"]) != fingerprint or float(file["guidance"]) != guidance:
-            return None
-        return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
+    try:
+        with np.load(path) as file:
+            if str(file["digest"]) != fingerprint or float(file["guidance"]) != guidance:
+                return None
+            return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); make it anew: pretrain.py samples"
+        ) from None
 
 
 def exam_table(
@@ -274,7 +269,7 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-# --- tables and pictures -------------------------------------------------------------------------
+# --- the table -----------------------------------------------------------------------------------
 
 COLUMNS = (
     ("accuracy", "accuracy", ".1f"),
@@ -294,109 +289,11 @@ def format_table(rows: list[dict]) -> str:
     for row in rows:
         values = ["-" if row[key] is None else format(row[key], form) for key, _, form in COLUMNS]
         cells.append([row["name"], str(row["nfe"] or "-"), *values])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| "
-        + " | ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in cells
-    ]
-    rule = (
-        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
 
+    def line(row: list[str]) -> str:
+        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "| " + " | ".join([row[0].ljust(widths[0]), *aligned[1:]]) + " |"
 
-def save_png(image: Tensor, path: Path, settings: dict, scale: int = 1) -> None:
-    """image (3, H, W) in [-1, 1]; the settings go into the PNG's text as JSON."""
-    picture = Image.fromarray(to_uint8(image).movedim(0, -1).cpu().numpy())
-    picture = picture.resize(
-        (scale * picture.width, scale * picture.height), Image.Resampling.NEAREST
-    )
-    text = PngInfo()
-    text.add_text("settings", json.dumps(settings))
-    picture.save(path, pnginfo=text)
-
-
-def side_by_side(
-    path: Path, captions: list[str], columns: dict[str, Tensor], scale: int = 4
-) -> None:
-    """A PNG: one line per caption, one group of samples per column.
-
-    columns: title -> (captions, samples, 3, H, W).
-    """
-    shape = next(iter(columns.values())).shape
-    samples, height, width = shape[1], scale * shape[-2], scale * shape[-1]
-    font, gap, left, top = ImageFont.load_default(size=15), 6, 300, 28
-    group = samples * (width + 2) + 3 * gap
-    picture = Image.new(
-        "RGB", (left + len(columns) * group, top + len(captions) * (height + gap)), "white"
-    )
-    draw = ImageDraw.Draw(picture)
-    for column, (title, images) in enumerate(columns.items()):
-        x = left + column * group
-        draw.text((x, 6), title, fill="black", font=font)
-        pixels = to_uint8(images).movedim(2, -1).numpy()  # (captions, samples, H, W, 3)
-        for i in range(len(captions)):
-            y = top + i * (height + gap)
-            if column == 0:
-                draw.text((8, y + height // 2 - 9), captions[i], fill="black", font=font)
-            for k in range(samples):
-                tile = Image.fromarray(np.ascontiguousarray(pixels[i, k])).resize(
-                    (width, height), Image.Resampling.NEAREST
-                )
-                picture.paste(tile, (x + k * (width + 2), y))
-    picture.save(path)
-
-
-def exam_pictures(
-    path: Path, exam: Exam, teacher: nn.Module, student: nn.Module, taus: tuple[float, ...]
-) -> None:
-    """Teacher 50, teacher and student with the student's number of steps, from the same noise."""
-    chosen, shown = (0, 1, 2, 3, 4, 6, 8, 9), 4  # captions, samples of each
-    K = len(taus)
-    few = exam.sample(
-        teacher, grid(teacher.schedule, K), "euler", guided=True, count=10 * exam.samples
-    )
-    made = exam.sample(student, list(taus), "x0", count=10 * exam.samples)
-    columns = {
-        "teacher, 50 steps, guided (100 evaluations)": exam.floor,
-        f"teacher, {K} steps, guided ({2 * K})": few,
-        f"student, {K} steps ({K})": made,
-    }
-    pick = [i * exam.samples + k for i in chosen for k in range(shown)]
-    groups = {
-        title: images[pick].unflatten(0, (len(chosen), shown)) for title, images in columns.items()
-    }
-    side_by_side(path, [exam.captions[i * exam.samples] for i in chosen], groups)
-
-
-def curves(path: Path, log: Path, exams: list[dict]) -> None:
-    """Losses, and the exams of the student, over the iterations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, names in zip(
-        axes.flat[:3], (("dmd", "isg"), ("fake",), ("gan", "disc")), strict=True
-    ):
-        for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=0.8)
-                axis.legend()
-        axis.set_title("loss: " + ", ".join(names))
-    for axis, name in zip(axes.flat[3:], ("fd", "clean", "accuracy"), strict=True):
-        axis.plot([row["step"] for row in exams], [row[name] for row in exams], "o-")
-        axis.set_title({"fd": "FD-T"}.get(name, name))
-    for axis in axes.flat:
-        axis.set_xlabel("iteration")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    return "\n".join(map(line, cells))

@@ -17,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from config import TEACHERS, Parser, refuse
-from measures import draw_samples, save_png
+from measures import draw_samples
 from model import load_student, load_teacher
 from nets.text import SceneText
 from nets.vae import Pixels
+from pictures import save_png
 from schedule import generator, grid, normal
 
 
@@ -115,19 +116,9 @@ def main() -> None:
         eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
         conds = (text([prompt for prompt, _ in part]), text([given.negative] * len(part)))
         cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
-        latents = draw_samples(
-            net,
-            eps,
-            cond,
-            settings["taus"],
-            settings["sampler"],
-            uncond,
-            settings["guidance"],
-            draws,
-        )
-        for (prompt, seed), image, path in zip(
-            part, vae.decode(latents), paths[start:], strict=False
-        ):
+        how = (settings["taus"], settings["sampler"], uncond, settings["guidance"])
+        images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):
             save_png(image, path, settings | {"prompt": prompt, "seed": seed}, given.scale)
         bar.update(len(part))
     bar.close()

@@ -32,12 +32,13 @@ from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from ida import ida_update
 from isg import isg_loss
-from measures import Exam, curves, exam_pictures, exam_table, format_table
+from measures import Exam, exam_table, format_table
 from model import load_teacher
 from nets.text import SceneText
 from nets.vae import Pixels
 from nets.vision import load_backbone
 from nets.weights import save_weights
+from pictures import curves, exam_pictures
 from schedule import Cond, Rng, generator, grid
 
 
@@ -392,10 +393,10 @@ def main() -> None:
         nets, data = build_nets(cfg, device), DigitScenes(seed=cfg.seed)
         examined = parallel.rank() == 0 and (cfg.table or cfg.exam_every > 0)
         exam = Exam(cfg.guidance) if examined else None
+        if exam:
+            exam.ask_teacher(nets.teacher)
     except (ValueError, OSError) as error:
         refuse(error)
-    if exam:
-        exam.ask_teacher(nets.teacher)
     start = time.time()
     try:
         run = train(cfg, out, nets, data, exam, device)

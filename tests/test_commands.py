@@ -1,6 +1,7 @@
 """The commands as a user meets them: bad input gets one line and exit code 2; sample.py draws."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import evaluate
+import measures
+import model
 import sample
 import train
 from config import TEACHERS, Config, differences, field_comments, resolve
@@ -97,22 +101,23 @@ def test_train_refuses_a_folder_of_another_configuration(command, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 1e-3
 
 
-@pytest.mark.parametrize("name", ["digits.npz", "teacher.safetensors", "backbone.safetensors"])
+@pytest.mark.parametrize("name", ["digits", "teacher", "backbone", "judge", "teacher_samples"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, damage):
-    """The file is named."""
-    whole = vision.ASSETS / name
-    broken = tmp_path / name
+    """The file is named. (Absent samples of the teacher are not missed: they are drawn.)"""
+    copies = tmp_path / "assets"
+    shutil.copytree(vision.ASSETS, copies)
+    for module in (data, measures, vision):
+        monkeypatch.setattr(module, "ASSETS", copies)
+    monkeypatch.setitem(model.FILES, "digits", copies / "teacher.safetensors")
+    (broken,) = copies.glob(f"{name}.[ns]*")
+    whole = broken.read_bytes()
+    broken.unlink()
     if damage == "cut":
-        broken.write_bytes(whole.read_bytes()[:1000])
-    if name == "digits.npz":
-        monkeypatch.setattr("data.ASSETS", tmp_path)
-    elif name == "teacher.safetensors":
-        monkeypatch.setitem(__import__("model").FILES, "digits", broken)
-    else:
-        monkeypatch.setattr(vision, "ASSETS", tmp_path)
-    flags = ["--no-table", "--exam-every", 0, "--out", tmp_path / "run"]
-    refused(command(train, *flags), str(broken))
+        broken.write_bytes(whole[:1000])
+    elif name == "teacher_samples":
+        return
+    refused(command(train, "--out", tmp_path / "run"), str(broken))
 
 
 def test_every_field_has_a_flag_with_a_help_text(command):

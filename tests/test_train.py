@@ -96,7 +96,7 @@ def test_ida_pulls_the_fake_score_after_the_students_update():
 
     phi = .97 phi + .03 theta_new, theta as it is *after* it moved.
     """
-    cfg, nets, opts = setup(lr_fake=0.0)
+    cfg, nets, opts = setup(lr=0.1, lr_fake=0.0)  # far enough to tell phi from theta
     phi = {name: p.clone() for name, p in nets.fake.named_parameters()}
     step, batch = judged_step(cfg, nets, learn=True)
     train_step(step, batch, nets, opts, cfg)
