@@ -68,6 +68,8 @@ def test_every_network_learns_on_its_turn_and_only_then():
         before = weights(nets)
         log = train_step(step, batch, nets, opts, cfg)
         assert moved(nets, before) == wanted
+        trained = [*nets.student.parameters(), *nets.fake.parameters(), *nets.disc.parameters()]
+        assert all(p.grad is None for p in trained), "a gradient is left over for the next step"
         assert all(torch.isfinite(torch.tensor(x)) for x in log.values()) and log["skipped"] == 0
         assert (
             {"dmd", "isg", "gan"} <= log.keys() if learn else {"dmd", "isg", "gan"}.isdisjoint(log)
@@ -156,6 +158,22 @@ def test_no_discriminator_work_at_pure_noise(monkeypatch):
     log = train_step(0, batch_of(0, nets, cfg), nets, opts, cfg)
     assert calls == {"features": 0, "decode": 0} and "disc" not in log
     assert digest(nets.disc.heads) == before
+
+
+def test_the_discriminator_comes_to_prefer_real_images():
+    """Twenty steps with a student that predicts nothing, so that it makes noise: logits of real
+    scenes end above the noise's. Fails if real and made are swapped, or a sign in the hinge is."""
+    cfg, nets, opts = setup(batch=8, student_steps=2, w_gan=0.1, ttur=10**6, lr_disc=2e-3)
+    nn.init.zeros_(nets.student.final_layer.linear.weight)
+    nn.init.zeros_(nets.student.final_layer.linear.bias)
+    for step in range(1, 21):
+        train_step(step, batch_of(step, nets, cfg), nets, opts, cfg)
+    batch, tau = batch_of(99, nets, cfg), train.anchors(cfg, nets.student.schedule)[1]
+    noise = (1 - tau) * batch.x0_real + tau * torch.randn_like(batch.x0_real)
+    with torch.no_grad():
+        real, made = nets.disc.features(batch.images), nets.disc.features(noise)
+        condition = nets.disc.condition(real, batch.text)
+        assert nets.disc(real, condition).mean() > nets.disc(made, condition).mean() + 0.5
 
 
 @pytest.mark.parametrize("batch", [1, 3])
