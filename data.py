@@ -80,13 +80,13 @@ class DigitScenes:
     """Scenes by number.
 
     handwriting: "train" or "held-out" images; pairs: "seen", "held-out" or "all" (colour, digit)
-    pairs; named: every attribute is named in the caption (for testing composition).
+    pairs; say: captions name "some" attributes, as in training, "all", or the two "digits" alone.
     """
 
     size = 16  # pixels
 
     def __init__(
-        self, seed: int = 0, handwriting: str = "train", pairs: str = "seen", named: bool = False
+        self, seed: int = 0, handwriting: str = "train", pairs: str = "seen", say: str = "some"
     ):
         images, labels = load_digits()
         part = slice(0, TRAIN_DIGITS) if handwriting == "train" else slice(TRAIN_DIGITS, None)
@@ -95,7 +95,7 @@ class DigitScenes:
         every = {(c, d) for c in range(len(COLOURS)) for d in range(10)}
         wanted = {"seen": every - HELD_OUT, "held-out": HELD_OUT, "all": every}[pairs]
         self.pairs = torch.tensor(sorted(wanted))
-        self.seed, self.named = seed, named
+        self.seed, self.say = seed, say
 
     def __call__(self, ids: range | list[int]) -> Scenes:
         draws = [generator("scene", self.seed, i) for i in ids]
@@ -103,7 +103,9 @@ class DigitScenes:
         jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
         pairs = self.pairs[(u[:, 0:2] * len(self.pairs)).long()]  # (B, 2, 2)
         colours, digits = pairs[..., 0], pairs[..., 1]
-        named_relation = (u[:, 2] >= 0.3) | self.named
+        named_relation = {"some": u[:, 2] >= 0.3, "all": u[:, 2] >= 0, "digits": u[:, 2] < 0}[
+            self.say
+        ]
         arrangement = torch.where(named_relation, 2 * (u[:, 3] * 2).long(), (u[:, 3] * 4).long())
         captions = [
             self._caption(*row)
@@ -139,8 +141,8 @@ class DigitScenes:
     def _caption(
         self, colours: Tensor, digits: Tensor, arrangement: Tensor, relation: Tensor, u: Tensor
     ) -> str:
-        say_colour = (u[4:6] >= 0.4) | self.named
-        say_digit = (u[6:8] >= 0.5) | self.named
+        say_colour = {"some": u[4:6] >= 0.4, "all": u[4:6] >= 0, "digits": u[4:6] < 0}[self.say]
+        say_digit = (u[6:8] >= 0.5) | (self.say != "some")
         objects = []
         for k in range(2):
             words = [COLOURS[colours[k]]] if say_colour[k] else []

@@ -10,6 +10,7 @@ Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
 
 from dataclasses import dataclass
 from zipfile import BadZipFile
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root_a = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
     gap = (a.mean(0) - b.mean(0)).square().sum()
-    return (gap + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    return max(0.0, (gap + cov_a.trace() + cov_b.trace() - 2 * cross).item())
 
 
 def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
@@ -113,31 +114,38 @@ def effective_number(seen: Tensor, is_open: Tensor) -> float:
 class Exam:
     """The embedded task's questions, and the judge.
 
-    Asked are `captions` x `samples` images, and `new` more, named in full, with (colour, digit)
-    pairs held out of training. Images are rounded to 8 bits before they are judged.
+    Asked are `samples` images of each of `captions` captions as in training; of `new` captions that
+    name everything, with (colour, digit) pairs held out of training; and of `placed` captions like
+    "a one and a two", for how objects are placed if nothing is said. Images are rounded to 8 bits
+    before they are judged.
 
     FD-T compares with the teacher's guided samples of 50 steps, seed 0; everything is examined with
     seed 1, so the row of the teacher's 50 steps is the floor of FD-T.
     """
 
-    def __init__(self, guidance: float, captions: int = 256, samples: int = 8, new: int = 256):
+    def __init__(self, guidance: float, captions=256, new=32, placed=64, samples=8):
         self.judge, self.ghost_limit = load_judge()
-        self.guidance, self.samples = guidance, samples
-        asked = DigitScenes(seed=4, handwriting="held-out")
-        self.captions = [c for c in asked(range(captions)).captions for _ in range(samples)]
-        self.new_captions = DigitScenes(seed=5, pairs="held-out", named=True)(range(new)).captions
-        self.text = SceneText()
-        self.ids = self.text.tokens(self.captions)
-        self.new_ids = self.text.tokens(self.new_captions)
-        held_out = DigitScenes(seed=5, handwriting="held-out", pairs="held-out", named=True)
-        self.real = torch.cat([asked.matching(self.ids), held_out.matching(self.new_ids)])
+        self.guidance, self.samples, self.text = guidance, samples, SceneText()
+        asked = (
+            DigitScenes(seed=4, handwriting="held-out"),
+            DigitScenes(seed=5, handwriting="held-out", pairs="held-out", say="all"),
+            DigitScenes(seed=6, handwriting="held-out", say="digits"),
+        )
+        counts = (captions, new, placed)
+        every = [scenes(range(count)).captions for scenes, count in zip(asked, counts, strict=True)]
+        self.prompts = [caption for part in every for caption in part for _ in range(samples)]
+        self.count, self.count_new = captions * samples, new * samples
+        self.ids = self.text.tokens(self.prompts)
+        parts = self.ids.split([samples * count for count in counts])
+        parts = [scenes.matching(ids) for scenes, ids in zip(asked, parts, strict=True)]
+        self.real = torch.cat(parts)  # real scenes that fit the prompts
         self.real_features = self.features(self.real)
         self.reference: Tensor | None = None  # features of the teacher's samples, see `ask_teacher`
         self.floor: Tensor | None = None  # images
 
     def features(self, images: Tensor) -> Tensor:
-        """What FD-T and recall compare (N, 96), without the new pairs."""
-        return self.judge.judge(round_8bit(images[: len(self.captions)])).features
+        """What FD-T and recall compare (N, 96): images of the captions as in training."""
+        return self.judge.judge(round_8bit(images[: self.count])).features
 
     def sample(
         self,
@@ -148,11 +156,11 @@ class Exam:
         seed: int = 1,
         count: int | None = None,
     ) -> Tensor:
-        """Images (N, 3, 16, 16) in [-1, 1] for the captions, then the new pairs.
+        """Images (N, 3, 16, 16) in [-1, 1] for the prompts in order.
 
         taus, sampler: see `draw_samples`; count: only the first so many.
         """
-        prompts, parts = (self.captions + self.new_captions)[:count], []
+        prompts, parts = self.prompts[:count], []
         device = next(net.parameters()).device
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
@@ -165,9 +173,14 @@ class Exam:
             parts.append(images.cpu())
         return torch.cat(parts)
 
+    def fingerprint(self, teacher: nn.Module) -> str:
+        """Of all that the teacher's samples depend on."""
+        prompts = crc32(repr(self.prompts).encode())
+        return f"weights {digest(teacher)}, guidance {self.guidance}, prompts {prompts}"
+
     def ask_teacher(self, teacher: nn.Module) -> None:
         """The teacher's 50-step samples, from assets/ if they were made with these weights."""
-        images = cached_samples(digest(teacher), self.guidance)
+        images = cached_samples(self.fingerprint(teacher))
         if images is None:
             taus = grid(teacher.schedule, 50)
             images = [
@@ -176,33 +189,31 @@ class Exam:
             ]
         self.reference, self.floor = self.features(images[0]), images[1]
 
-    def row(self, images: Tensor) -> dict[str, float]:
-        """The measures of images (N, 3, 16, 16) in the order of `sample`."""
-        n, new = min(len(images), len(self.captions)), round_8bit(images[len(self.captions) :])
-        verdict = self.judge.judge(round_8bit(images[:n]))
-        features = verdict.features
-        read, first = read_scene(verdict, self.ids[:n]), slice(None, None, self.samples)
-        right_new = read_scene(self.judge.judge(new), self.new_ids).right if len(new) else None
+    def row(self, images: Tensor) -> dict[str, float | None]:
+        """The measures of images (N, 3, 16, 16) for the prompts in order, or the first of them."""
+        verdict = self.judge.judge(round_8bit(images))
+        read, n = read_scene(verdict, self.ids[: len(images)]), min(len(images), self.count)
+        features, right_new = verdict.features[:n], read.right[n : n + self.count_new]
 
         def number(seen: Tensor, is_open: Tensor) -> float:
             """What is open depends on the caption alone; both objects of a caption count."""
-            seen = seen.reshape(n, -1).T.reshape(-1, self.samples)
-            return effective_number(seen, is_open[first].reshape(n // self.samples, -1).T.flatten())
+            seen = seen.unflatten(0, (-1, self.samples)).movedim(1, -1).reshape(-1, self.samples)
+            return effective_number(seen, is_open[:: self.samples].flatten())
 
         return {
-            "accuracy": 100 * read.right.float().mean().item(),
-            "clean": 100 * (verdict.ghost <= self.ghost_limit).float().mean().item(),
+            "accuracy": 100 * read.right[:n].float().mean().item(),
+            "clean": 100 * (verdict.ghost[:n] <= self.ghost_limit).float().mean().item(),
             "fd": None if self.reference is None else frechet_distance(features, self.reference),
             "digits": number(read.digits, read.open_digits),
             "colours": number(read.colours, read.open_colours),
             "arrangements": number(read.arrangement, read.open_arrangement),
             "recall": 100 * recall(self.real_features, features),
-            "new": None if right_new is None else 100 * right_new.float().mean().item(),
+            "new": 100 * right_new.float().mean().item() if len(right_new) else None,
         }
 
     def short(self, student: nn.Module, taus: tuple[float, ...]) -> dict[str, float]:
         """A quarter of the captions, with the student's own anchors."""
-        count = len(self.captions) // 4
+        count = self.count // 4
         return {"nfe": len(taus)} | self.row(self.sample(student, list(taus), "x0", count=count))
 
 
@@ -213,14 +224,14 @@ def draw_samples(net, eps, cond, taus, sampler, uncond, guidance, draws) -> Tens
     return sample_ode(net, eps, cond, taus, uncond, guidance)
 
 
-def cached_samples(fingerprint: str, guidance: float) -> list[Tensor] | None:
-    """What pretrain.py left in assets/; None if it is of another teacher or guidance, or absent."""
+def cached_samples(fingerprint: str) -> list[Tensor] | None:
+    """What pretrain.py left in assets/; None if it is absent, or of other weights or questions."""
     path = ASSETS / "teacher_samples.npz"
     if not path.is_file():
         return None
     try:
         with np.load(path) as file:
-            if str(file["digest"]) != fingerprint or float(file["guidance"]) != guidance:
+            if str(file["fingerprint"]) != fingerprint:
                 return None
             return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:

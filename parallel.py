@@ -122,7 +122,8 @@ def save_checkpoint(
     """
     final, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.part"
     if rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        for left_over in folder.glob("step-*.part"):  # of a save that was interrupted
+            shutil.rmtree(left_over)
         part.mkdir(parents=True)
     barrier()
     with quiet():

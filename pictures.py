@@ -67,7 +67,7 @@ def exam_pictures(
         f"student, {K} steps ({K})": exam.sample(student, list(taus), "x0", count=count),
     }
     rows = torch.tensor([[i * exam.samples + k for k in range(shown)] for i in chosen])
-    captions = [exam.captions[i * exam.samples] for i in chosen]
+    captions = [exam.prompts[i * exam.samples] for i in chosen]
     side_by_side(path, captions, {title: images[rows] for title, images in columns.items()})
 
 

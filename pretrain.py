@@ -31,7 +31,6 @@ from measures import Exam, read_scene, to_uint8
 from model import MMDiT, build, load_teacher
 from nets.text import SceneText
 from nets.vision import DIGITS_VIT, Judge, ViT
-from nets.weights import digest
 from schedule import generator, grid
 
 SEED = 0
@@ -253,7 +252,7 @@ def save_samples() -> None:
         for s in (0, 1)
     }
     path = ASSETS / "teacher_samples.npz"
-    np.savez_compressed(path, digest=digest(teacher), guidance=cfg.guidance, **images)
+    np.savez_compressed(path, fingerprint=exam.fingerprint(teacher), **images)
     print(
         f"{path.name}: {len(images['seed0'])} images twice, {path.stat().st_size / 2**20:.1f} MiB"
     )

@@ -16,8 +16,7 @@ from measures import (
 from model import load_teacher
 from nets.text import SceneText
 from nets.vision import Verdict
-from nets.weights import digest
-from schedule import generator, grid, normal, sample_ode
+from schedule import grid
 
 TOKENS = SceneText().tokens
 
@@ -123,18 +122,15 @@ def test_the_teachers_samples_in_assets_are_its_own(exam):
     """Eight of them sampled again; 8-bit rounding of other sums may differ by one."""
     cfg = TEACHERS["digits"]
     teacher = load_teacher("digits", cfg.shift)
-    kept = cached_samples(digest(teacher), cfg.guidance)
-    assert kept is not None, (
-        "assets/teacher_samples.npz is of another teacher: python pretrain.py samples"
-    )
-    text = SceneText()
-    cond, uncond = text(exam.captions[:8]), text([""] * 8)
+    kept = cached_samples(exam.fingerprint(teacher))
+    assert kept is not None, "they are of another teacher: python pretrain.py samples"
     for seed in (0, 1):
-        draws = [generator("exam", seed, k) for k in range(8)]
-        eps = normal(torch.empty(8, 3, 16, 16), draws)
-        made = sample_ode(teacher, eps, cond, grid(teacher.schedule, 50), uncond, cfg.guidance)
+        made = exam.sample(teacher, grid(teacher.schedule, 50), "euler", True, seed, count=8)
         assert (to_uint8(made).int() - to_uint8(kept[seed][:8]).int()).abs().max() <= 1
-    assert cached_samples(digest(teacher), cfg.guidance + 1) is None
+    assert (
+        cached_samples(Exam(cfg.guidance + 1, captions=1, new=1, placed=1).fingerprint(teacher))
+        is None
+    )
 
 
 def test_eight_bits_round_trip():
