@@ -106,7 +106,7 @@ def test_real_scenes_pass_the_exam(exam):
     )
     assert row["digits"] == pytest.approx(9.1, abs=0.4)
     assert row["colours"] == pytest.approx(5.5, abs=0.4)
-    assert row["arrangements"] == pytest.approx(4, abs=0.2)
+    assert row["arrangements"] == pytest.approx(4, abs=0.4)  # three standard errors
 
 
 def test_ghosts_and_wrong_scenes_fail_the_exam(exam):
