@@ -40,6 +40,11 @@ HELD_OUT = {
     (c, (3 * c + 1) % 10) for c in range(len(COLOURS))
 }  # (colour, digit) pairs never trained on
 TRAIN_DIGITS = 1437  # of 1,797; the rest are held out
+OPEN = {  # share of captions that leave open: a colour, a digit, the relation
+    "some": (0.4, 0.5, 0.3),
+    "all": (0.0, 0.0, 0.0),
+    "digits": (1.0, 0.0, 1.0),
+}
 
 
 def batch_ids(step: int, batch: int, rank: int = 0, world: int = 1) -> range:
@@ -95,7 +100,7 @@ class DigitScenes:
         every = {(c, d) for c in range(len(COLOURS)) for d in range(10)}
         wanted = {"seen": every - HELD_OUT, "held-out": HELD_OUT, "all": every}[pairs]
         self.pairs = torch.tensor(sorted(wanted))
-        self.seed, self.say = seed, say
+        self.seed, self.open = seed, OPEN[say]
 
     def __call__(self, ids: range | list[int]) -> Scenes:
         draws = [generator("scene", self.seed, i) for i in ids]
@@ -103,9 +108,7 @@ class DigitScenes:
         jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
         pairs = self.pairs[(u[:, 0:2] * len(self.pairs)).long()]  # (B, 2, 2)
         colours, digits = pairs[..., 0], pairs[..., 1]
-        named_relation = {"some": u[:, 2] >= 0.3, "all": u[:, 2] >= 0, "digits": u[:, 2] < 0}[
-            self.say
-        ]
+        named_relation = u[:, 2] >= self.open[2]
         arrangement = torch.where(named_relation, 2 * (u[:, 3] * 2).long(), (u[:, 3] * 4).long())
         captions = [
             self._caption(*row)
@@ -141,8 +144,7 @@ class DigitScenes:
     def _caption(
         self, colours: Tensor, digits: Tensor, arrangement: Tensor, relation: Tensor, u: Tensor
     ) -> str:
-        say_colour = {"some": u[4:6] >= 0.4, "all": u[4:6] >= 0, "digits": u[4:6] < 0}[self.say]
-        say_digit = (u[6:8] >= 0.5) | (self.say != "some")
+        say_colour, say_digit = u[4:6] >= self.open[0], u[6:8] >= self.open[1]
         objects = []
         for k in range(2):
             words = [COLOURS[colours[k]]] if say_colour[k] else []

@@ -72,3 +72,10 @@ def test_the_readmes_file_list_is_complete():
     readme = (ROOT / "README.md").read_text()
     for path in [*ROOT.glob("*.py"), *(ROOT / "nets").glob("*.py")]:
         assert path.name in readme, f"README does not list {path.name}"
+
+
+def test_the_notes_name_tests_that_exist():
+    every = set().union(*(functions(path) for path in (ROOT / "tests").glob("test_*.py")))
+    for note in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"`(test_\w+)`", note.read_text()):
+            assert name in every, f"{note.name} names {name}, which is no test"
