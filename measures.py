@@ -140,8 +140,8 @@ class Exam:
         parts = [scenes.matching(ids) for scenes, ids in zip(asked, parts, strict=True)]
         self.real = torch.cat(parts)  # real scenes that fit the prompts
         self.real_features = self.features(self.real)
-        self.reference: Tensor | None = None  # features of the teacher's samples, see `ask_teacher`
-        self.floor: Tensor | None = None  # images
+        self.reference = self.real_features  # features of the teacher's samples: `ask_teacher`
+        self.floor = self.real  # the teacher's images with other noise: likewise
 
     def features(self, images: Tensor) -> Tensor:
         """What FD-T and recall compare (N, 96): images of the captions as in training."""
@@ -203,7 +203,7 @@ class Exam:
         return {
             "accuracy": 100 * read.right[:n].float().mean().item(),
             "clean": 100 * (verdict.ghost[:n] <= self.ghost_limit).float().mean().item(),
-            "fd": None if self.reference is None else frechet_distance(features, self.reference),
+            "fd": frechet_distance(features, self.reference[:n]),
             "digits": number(read.digits, read.open_digits),
             "colours": number(read.colours, read.open_colours),
             "arrangements": number(read.arrangement, read.open_arrangement),
@@ -211,10 +211,14 @@ class Exam:
             "new": 100 * right_new.float().mean().item() if len(right_new) else None,
         }
 
-    def short(self, student: nn.Module, taus: tuple[float, ...]) -> dict[str, float]:
+    def short(self, student: nn.Module, taus: tuple[float, ...]) -> dict[str, float | None]:
         """A quarter of the captions, with the student's own anchors."""
-        count = self.count // 4
-        return {"nfe": len(taus)} | self.row(self.sample(student, list(taus), "x0", count=count))
+        images = self.sample(student, list(taus), "x0", count=self.count // 4)
+        return {"nfe": len(taus)} | self.row(images)
+
+    def short_level(self) -> dict[str, float | None]:
+        """What the teacher's 50 steps reach in the short exam."""
+        return self.row(self.floor[: self.count // 4])
 
 
 def draw_samples(net, eps, cond, taus, sampler, uncond, guidance, draws) -> Tensor:

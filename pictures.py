@@ -71,8 +71,11 @@ def exam_pictures(
     side_by_side(path, captions, {title: images[rows] for title, images in columns.items()})
 
 
-def curves(path: Path, log: Path, exams: list[dict]) -> None:
-    """Losses, and the exams of the student, over the iterations."""
+CURVES = ("dmd", "isg", "fake", "gan disc", "fd", "accuracy clean", "digits colours arrangements")
+
+
+def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None:
+    """Losses, and the short exams of the student (dashed: the teacher's 50 steps)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,19 +83,21 @@ def curves(path: Path, log: Path, exams: list[dict]) -> None:
 
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    losses = (("dmd", "isg"), ("fake",), ("gan", "disc"))
-    for axis, names in zip(axes.flat[:3], losses, strict=True):
-        for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=0.8)
-                axis.legend()
-        axis.set_title("loss: " + ", ".join(names))
-    for axis, name in zip(axes.flat[3:], ("fd", "clean", "accuracy"), strict=True):
-        axis.plot([row["step"] for row in exams], [row[name] for row in exams], "o-")
-        axis.set_title({"fd": "FD-T"}.get(name, name))
-    for axis in axes.flat:
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), constrained_layout=True)
+    for axis, names in zip(axes.flat, CURVES, strict=False):
+        for name in names.split():
+            examined = exams and name in exams[0]
+            source = exams if examined else [row for row in rows if row.get(name)]
+            if source:
+                points = [(int(row["step"]), float(row[name])) for row in source]
+                style = {"marker": "o"} if examined else {"linewidth": 0.7}
+                (line,) = axis.plot(*zip(*points, strict=True), label=name, **style)
+                if examined:
+                    axis.axhline(level[name], color=line.get_color(), linestyle="--", linewidth=0.8)
+        axis.set_title(names.replace(" ", ", ").replace("fd", "FD-T, few images"))
         axis.set_xlabel("iteration")
-    figure.savefig(path, dpi=80)
+        if " " in names and axis.lines:
+            axis.legend()
+    axes.flat[-1].axis("off")
+    figure.savefig(path, dpi=75)
     plt.close(figure)

@@ -354,7 +354,8 @@ def export(nets: Nets, cfg: Config, out: Path) -> Path:
 
 def report(cfg: Config, out: Path, nets: Nets, exam: Exam | None, run: Run, seconds: float) -> None:
     """The table, the pictures and metrics.json."""
-    curves(out / "curves.png", out / "log.csv", run.exams)
+    level = exam.short_level() if exam else None
+    curves(out / "curves.png", out / "log.csv", run.exams, level)
     metrics = {"config": dataclasses.asdict(cfg), "train_seconds": seconds, **run.state()}
     if exam:
         taus, start = anchors(cfg, nets.student.schedule), time.time()
