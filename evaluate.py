@@ -27,6 +27,10 @@ def summary(runs: list[Path]) -> str:
     """A Markdown table: one line per run name and sampler, "mean ± spread" over its seeds."""
     seeds: dict[str, list[dict]] = {}
     for run in runs:
+        if not (run / "metrics.json").is_file():
+            raise ValueError(
+                f"{run} holds no metrics.json; --runs takes output folders of train.py"
+            )
         metrics = json.loads((run / "metrics.json").read_text())
         steps = metrics["config"]["student_steps"]
         for row in metrics.get("table", ()):

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import TEACHERS
+from config import TEACHERS, Parser
 from data import ASSETS, DigitScenes, Scenes
 from ida import ida_update
 from measures import Exam, read_scene, to_uint8
@@ -259,9 +259,7 @@ def save_samples() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "which",
         nargs="?",

@@ -224,9 +224,12 @@ def load_batch(
 def prepare_folder(cfg: Config, overwrite: bool) -> Path:
     """The output folder, made if need be. ValueError if it holds a run of another configuration."""
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from None
     if not os.access(out, os.W_OK):
-        raise ValueError(f"{out} cannot be written to; choose another folder with --out")
+        raise ValueError(f"{out} cannot be written to; choose another --out")
     if parallel.rank() > 0:
         return out
     saved = out / "config.json"
@@ -234,7 +237,10 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         saved.unlink(missing_ok=True)
     if saved.is_file():
-        changed = differences(json.loads(saved.read_text()), cfg)
+        try:
+            changed = differences(json.loads(saved.read_text()), cfg)
+        except json.JSONDecodeError:
+            raise ValueError(f"{saved} is damaged; start anew with --overwrite") from None
         if changed:
             raise ValueError(
                 f"{out} holds a run of another configuration ({'; '.join(changed)}); "
@@ -401,15 +407,15 @@ def main() -> None:
     start = time.time()
     try:
         run = train(cfg, out, nets, data, exam, device)
+        if parallel.rank() == 0:
+            path = export(nets, cfg, out)
+            report(cfg, out, nets, exam, run, time.time() - start)
+            print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")
     except FloatingPointError as error:
         newest = parallel.newest(out / "checkpoints") or "none"
         refuse(f"{error}; the last good checkpoint is {newest}")
     except KeyboardInterrupt:
         refuse("interrupted; the same command continues from the last checkpoint")
-    if parallel.rank() == 0:
-        path = export(nets, cfg, out)
-        report(cfg, out, nets, exam, run, time.time() - start)
-        print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")
     parallel.stop()
 
 

@@ -23,7 +23,9 @@ def open_weights(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file ({error})") from None
+        raise ValueError(
+            f"{path} is damaged or no safetensors file; fetch it again ({error})"
+        ) from None
 
 
 def load_weights(

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from PIL import Image
 
 from config import TEACHERS
 from data import DigitScenes
@@ -7,6 +8,8 @@ from measures import (
     Exam,
     cached_samples,
     effective_number,
+    exam_table,
+    format_table,
     frechet_distance,
     from_uint8,
     read_scene,
@@ -16,6 +19,7 @@ from measures import (
 from model import load_teacher
 from nets.text import SceneText
 from nets.vision import Verdict
+from pictures import exam_pictures
 from schedule import grid
 
 TOKENS = SceneText().tokens
@@ -138,3 +142,23 @@ def test_eight_bits_round_trip():
     assert torch.equal(to_uint8(from_uint8(levels)), levels)
     images = DigitScenes()(range(4)).images
     assert (from_uint8(to_uint8(images)) - images).abs().max() <= 0.5 / 127.5 + 1e-6
+
+
+def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
+    """A small exam, for which the teacher's samples are drawn on the spot; guidance costs double.
+    The student's own number of steps uses its own anchors."""
+    small = Exam(2.0, captions=10, new=2, placed=3, samples=4)
+    teacher = load_teacher("digits", 2.0)
+    small.ask_teacher(teacher)
+    assert len(small.floor) == 60 and small.reference.shape == (40, 96)
+    rows = {row["name"]: row for row in exam_table(small, teacher, (1.0, 0.3), teacher)}
+    assert len(rows) == 2 + 4 + 5 + 8
+    wanted = {"teacher 50, guided": 100, "teacher 4, guided": 8, "teacher 4, unguided": 4}
+    wanted |= {"student 8, x0": 8, "student 2, euler": 2}
+    assert {name: rows[name]["nfe"] for name in wanted} == wanted
+    own = small.row(small.sample(teacher, [1.0, 0.3], "x0"))
+    assert rows["student 2, x0"]["fd"] == pytest.approx(own["fd"])
+    table = format_table(list(rows.values())).splitlines()
+    assert len(table) == 21 and len(set(map(len, table))) == 1, "columns must line up"
+    exam_pictures(tmp_path / "p.png", small, teacher, teacher, (1.0, 0.3))
+    assert Image.open(tmp_path / "p.png").width > 800
