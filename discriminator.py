@@ -1,5 +1,4 @@
-"""The discriminator on a frozen vision foundation model: do these pixels look real, given a caption
-and a real reference image?
+"""The discriminator on a frozen vision model: real pixels, given a caption and a real reference?
 
     VFM discriminator    Discriminator        frozen backbone -> feature maps -> one head each
     timestep weight      omega                adversarial feedback where little noise is left

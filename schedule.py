@@ -137,10 +137,7 @@ def guided(
 
 
 def grid(schedule: Flow | DDPM, steps: int) -> list[float]:
-    """`steps` times from pure noise, evenly spaced before the shift: 1, 1 - 1/N, ...
-
-    (the clean end is not in it).
-    """
+    """`steps` times from pure noise, evenly spaced before the shift: 1, 1 - 1/N, ... 1/N."""
     u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
     return schedule.warp(u).tolist()
 
@@ -223,8 +220,9 @@ class Rng:
 
 
 def draw_t(kind: str, schedule: Flow | DDPM, rng: Rng, device: torch.device) -> Tensor:
-    """Times (B,) for the DMD and fake losses, drawn per sample: "uniform" on (.02, .98) or "logit-
-    normal", then warped.
+    """Times (B,) for the DMD and fake losses, drawn per sample, warped.
+
+    kind: "uniform" on (.02, .98) | "logit-normal".
     """
     if kind == "uniform":
         u = uniform(rng.own, 0.02, 0.98)

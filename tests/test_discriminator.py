@@ -60,9 +60,8 @@ def test_spectral_convolution_pads_in_a_circle():
 
 
 def test_group_statistics_normalise_groups_of_eight():
-    """Twelve samples:
-
-    the first eight together, then four, each channel by its own mean and variance.
+    """Twelve samples: the first eight together, then four, each channel by its own mean and
+    variance.
     """
     norm, x = GroupStatistics(2), 3 + 2 * torch.randn(12, 2, 4, 4)
     with torch.no_grad():

@@ -100,9 +100,8 @@ def exam():
 
 
 def test_real_scenes_pass_the_exam(exam):
-    """Held-out handwriting:
-
-    named attributes right, no ghosts, and the diversity that the data has.
+    """Held-out handwriting: named attributes right, no ghosts, and the diversity that the data
+    has.
     """
     row = exam.row(exam.real)
     assert (

@@ -117,9 +117,8 @@ def test_random_numbers_differ_by_seed_step_purpose_and_sample():
 
 
 def test_times_follow_their_distribution_and_the_shift():
-    """20,000 draws:
-
-    uniform has mean .5, logit-normal median .5; shift 3 maps a half to three quarters.
+    """20,000 draws: uniform has mean .5, logit-normal median .5; shift 3 maps a half to three
+    quarters.
     """
     rng = Rng(0, 0, "t", range(20000))
     t = draw_t("uniform", Flow(), rng, torch.device("cpu"))

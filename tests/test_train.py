@@ -1,7 +1,4 @@
-"""Algorithm 1 itself, on the embedded teacher:
-
-which weights move on which turn, and exact resume.
-"""
+"""Algorithm 1 itself, on the embedded teacher: which weights move on which turn, and exact resume."""
 
 import dataclasses
 import os
@@ -94,9 +91,8 @@ def test_each_part_can_be_switched_off():
 
 
 def test_ida_pulls_the_fake_score_after_the_students_update():
-    """With the fake's own learning off:
-
-    phi = .97 phi + .03 theta_new, theta as it is *after* it moved.
+    """With the fake's own learning off: phi = .97 phi + .03 theta_new, theta as it is *after* it
+    moved.
     """
     cfg, nets, opts = setup(lr=0.1, lr_fake=0.0)  # far enough to tell phi from theta
     phi = {name: p.clone() for name, p in nets.fake.named_parameters()}
