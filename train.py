@@ -148,7 +148,7 @@ def real_features(
 
 
 def update(opt: Learner, loss: Tensor, step: int, cfg: Config, log: dict, name: str) -> bool:
-    """One AdamW step; none, on any rank, if some rank's loss or gradient is not finite."""
+    """One AdamW step, or none on any rank if one has a loss or gradient not finite. Did it step?"""
     loss.backward()
     parameters = opt.parameters()
     parallel.average_gradients(parameters)

@@ -10,7 +10,7 @@ torch.set_num_threads(1)  # the networks are tiny: threads only wait for each ot
 
 
 class Linear(nn.Module):
-    """A denoiser with weights: a 1x1 convolution of x_t, shifted by time and by cond["c"] (B, 1)."""
+    """A denoiser with weights: x_t mixed over channels, shifted by time and cond["c"] (B, 1)."""
 
     def __init__(self, schedule=None, channels: int = 2, seed: int = 0):
         super().__init__()

@@ -14,7 +14,7 @@ def test_dmd_gradient_vanishes_when_fake_equals_teacher(x0):
 
 
 def test_dmd_gradient_is_normalised_per_sample(x0):
-    """By mean |x0 - x0_teacher|, each sample by its own: scaling one sample changes only that one."""
+    """By mean |x0 - x0_teacher|, each sample by its own."""
     x0_fake, x0_teacher = torch.randn_like(x0), torch.randn_like(x0)
     got = dmd_gradient(x0, x0_fake, x0_teacher)
     for b in range(3):

@@ -70,7 +70,7 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 def test_teacher_loads_and_predicts_velocity():
-    """The embedded teacher on its own task: at t = .5 it explains most of the velocity's variance."""
+    """The embedded teacher on its own task: at t = .5 it explains most of the velocity."""
     from data import DigitScenes
 
     teacher, scenes = (

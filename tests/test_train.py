@@ -1,4 +1,4 @@
-"""Algorithm 1 itself, on the embedded teacher: which weights move on which turn, and exact resume."""
+"""Algorithm 1 on the embedded teacher: which weights move on which turn, and exact resume."""
 
 import dataclasses
 import os
