@@ -21,7 +21,7 @@ from data import ASSETS, HORIZONTAL, VERTICAL, DigitScenes
 from nets.text import COLOURS, DIGITS, WORD_ID, SceneText
 from nets.vision import Verdict, load_judge
 from nets.weights import digest
-from schedule import generator, grid, normal, sample_ode, sample_x0
+from schedule import draw_samples, generator, grid, normal
 
 # --- measures of features ------------------------------------------------------------------------
 
@@ -164,8 +164,7 @@ class Exam:
         device = next(net.parameters()).device
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
-            conds = (self.text(part), self.text([""] * len(part)))
-            cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
+            cond, uncond = self.text(part, device), self.text([""] * len(part), device)
             draws = [generator("exam", seed, start + k) for k in range(len(part))]
             eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
             scale = self.guidance if guided else None
@@ -219,13 +218,6 @@ class Exam:
     def short_level(self) -> dict[str, float | None]:
         """What the teacher's 50 steps reach in the short exam."""
         return self.row(self.floor[: self.count // 4])
-
-
-def draw_samples(net, eps, cond, taus, sampler, uncond, guidance, draws) -> Tensor:
-    """sampler: "x0" (noise again to each anchor) | "euler" (deterministic)."""
-    if sampler == "x0":
-        return sample_x0(net, eps, cond, taus, uncond, guidance, draws)
-    return sample_ode(net, eps, cond, taus, uncond, guidance)
 
 
 def cached_samples(fingerprint: str) -> list[Tensor] | None:

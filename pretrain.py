@@ -20,7 +20,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from measures import Exam, read_scene, to_uint8
 from model import MMDiT, build, load_teacher
 from nets.text import SceneText
 from nets.vision import DIGITS_VIT, Judge, ViT
+from nets.weights import save_weights
 from schedule import generator, grid
 
 SEED = 0
@@ -48,7 +48,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def save(net: nn.Module, name: str, about: dict[str, str]) -> None:
     """fp16, into assets/."""
     path = ASSETS / f"{name}.safetensors"
-    save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, path, metadata=about)
+    save_weights(net, path, torch.float16, about)
     count, size = sum(p.numel() for p in net.parameters()), path.stat().st_size / 2**20
     print(f"{path.name}: {count:,} weights, {size:.1f} MiB")
 

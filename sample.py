@@ -17,12 +17,11 @@ import torch
 from tqdm import tqdm
 
 from config import TEACHERS, Parser, refuse
-from measures import draw_samples
 from model import load_student, load_teacher
 from nets.text import SceneText
 from nets.vae import Pixels
 from pictures import save_png
-from schedule import generator, grid, normal
+from schedule import draw_samples, generator, grid, normal
 
 
 def arguments() -> argparse.Namespace:
@@ -114,8 +113,8 @@ def main() -> None:
         part = jobs[start : start + given.batch]
         draws = [generator("sample", seed) for _, seed in part]
         eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
-        conds = (text([prompt for prompt, _ in part]), text([given.negative] * len(part)))
-        cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
+        cond = text([prompt for prompt, _ in part], device)
+        uncond = text([given.negative] * len(part), device)
         how = (settings["taus"], settings["sampler"], uncond, settings["guidance"])
         images = vae.decode(draw_samples(net, eps, cond, *how, draws))
         for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):

@@ -184,6 +184,22 @@ def sample_ode(
     return x_t
 
 
+def draw_samples(
+    net: Callable,
+    eps: Tensor,
+    cond: Cond,
+    taus: Iterable[float],
+    sampler: str,
+    uncond: Cond | None,
+    guidance: float | None,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """By sampler: "x0" (noise again to each anchor) | "euler" (deterministic)."""
+    if sampler == "x0":
+        return sample_x0(net, eps, cond, taus, uncond, guidance, generators)
+    return sample_ode(net, eps, cond, taus, uncond, guidance)
+
+
 # --- random numbers ------------------------------------------------------------------------------
 
 

@@ -212,8 +212,7 @@ def load_batch(
     ids = batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
     scenes = data(ids)
     images = scenes.images.to(device)
-    conds = (text(scenes.captions), text([""] * cfg.batch))
-    cond, uncond = ({name: x.to(device) for name, x in c.items()} for c in conds)
+    cond, uncond = text(scenes.captions, device), text([""] * cfg.batch, device)
     embedding = text.embedding(scenes.captions).to(device)
     return Batch(ids, images, vae.encode(images), cond, uncond, embedding)
 

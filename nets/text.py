@@ -85,8 +85,8 @@ class SceneText(nn.Module):
         places = torch.eye(len(SLOTS), device=ids.device).expand(len(ids), -1, -1)  # (B, 5, 5)
         return {"context": torch.cat([words, places], dim=-1), "pooled": words.flatten(1)}
 
-    def forward(self, captions: list[str]) -> dict[str, Tensor]:
-        return self.encode(self.tokens(captions))
+    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return self.encode(self.tokens(captions).to(device))
 
     def embedding(self, captions: list[str]) -> Tensor:
         """What the discriminator reads: the words (B, 5 words), L2-normalised.
