@@ -314,27 +314,27 @@ def train(
     if state:
         say(f"continuing {out} at step {first} of {cfg.steps}")
     log = open_log(out / "log.csv", first) if parallel.rank() == 0 else None
-    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=parallel.rank() > 0)
-    for step in range(first, cfg.steps):
-        batch = load_batch(step, data, text, nets.vae, cfg, device)
-        values = parallel.mean_over_ranks(train_step(step, batch, nets, opts, cfg), device)
-        if log:
-            log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
-        bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
-        bar.update()
-        run.count_skipped(values["skipped"])
-        done, last = step + 1, step + 1 == cfg.steps
-        if exam and cfg.exam_every and (last or done % cfg.exam_every == 0):
-            row = exam.short(nets.ema, anchors(cfg, nets.student.schedule))
-            run.exams.append({"name": f"student, step {done}", "step": done} | row)
-            say(format_table(run.exams[-1:]))
-        stop = not parallel.agree(not run.stop, device)
-        if last or stop or done % cfg.save_every == 0:
-            parallel.save_checkpoint(folder, done, saved, optimizers, run.state(), cfg.keep)
-        if stop and not last:
-            say(f"stopped by SIGTERM after step {done}, saved; the same command continues")
-            raise SystemExit(0)
-    bar.close()
+    hidden = parallel.rank() > 0
+    with tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden) as bar:
+        for step in range(first, cfg.steps):
+            batch = load_batch(step, data, text, nets.vae, cfg, device)
+            values = parallel.mean_over_ranks(train_step(step, batch, nets, opts, cfg), device)
+            if log:
+                log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
+            bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
+            bar.update()
+            run.count_skipped(values["skipped"])
+            done, last = step + 1, step + 1 == cfg.steps
+            if exam and cfg.exam_every and (last or done % cfg.exam_every == 0):
+                row = exam.short(nets.ema, anchors(cfg, nets.student.schedule))
+                run.exams.append({"name": f"student, step {done}", "step": done} | row)
+                say(format_table(run.exams[-1:]))
+            stop = not parallel.agree(not run.stop, device)
+            if last or stop or done % cfg.save_every == 0:
+                parallel.save_checkpoint(folder, done, saved, optimizers, run.state(), cfg.keep)
+            if stop and not last:
+                say(f"stopped by SIGTERM after step {done}, saved; the same command continues")
+                raise SystemExit(0)
     return run
 
 
