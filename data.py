@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nets.text import ANY_DIGIT, COLOURS, DIGITS, WORD_ID
+from nets.text import ANY_DIGIT, COLOURS, DIGITS, WORD_ID, attributes
 from schedule import generator
 
 ASSETS = Path(__file__).parent / "assets"
@@ -30,15 +30,10 @@ RGB = torch.tensor(  # in the order of COLOURS
     ]
 )
 HORIZONTAL, VERTICAL = 0, 1
-ARRANGEMENTS = (
-    "left",
-    "right",
-    "above",
-    "below",
-)  # where the caption's first object is, seen from its second
-HELD_OUT = {
-    (c, (3 * c + 1) % 10) for c in range(len(COLOURS))
-}  # (colour, digit) pairs never trained on
+# Where the caption's first object is, seen from its second.
+ARRANGEMENTS = ("left", "right", "above", "below")
+# (colour, digit) pairs never trained on.
+HELD_OUT = {(c, (3 * c + 1) % 10) for c in range(len(COLOURS))}
 TRAIN_DIGITS = 1437  # of 1,797; the rest are held out
 OPEN = {  # share of captions that leave open: a colour, a digit, the relation
     "some": (0.4, 0.5, 0.3),
@@ -103,9 +98,7 @@ class DigitScenes:
         self.seed, self.open = seed, OPEN[say]
 
     def __call__(self, ids: range | list[int]) -> Scenes:
-        draws = [generator("scene", self.seed, i) for i in ids]
-        u = torch.stack([torch.rand(16, generator=g) for g in draws])  # all choices of a scene
-        jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
+        u, jitter = self._choices("scene", ids)
         pairs = self.pairs[(u[:, 0:2] * len(self.pairs)).long()]  # (B, 2, 2)
         colours, digits = pairs[..., 0], pairs[..., 1]
         named_relation = u[:, 2] >= self.open[2]
@@ -119,23 +112,22 @@ class DigitScenes:
 
     def matching(self, ids: Tensor) -> Tensor:
         """An image of a scene that fits, for each of the captions ids (B, 5): (B, 3, 16, 16)."""
-        draws = [generator("matching", self.seed, i) for i in range(len(ids))]
-        u = torch.stack([torch.rand(16, generator=g) for g in draws])
-        jitter = torch.stack([torch.randn(2, 3, generator=g) for g in draws])
-        objects = [
-            [self._fitting(row[3 * k : 3 * k + 2], u[b, k]) for k in range(2)]
-            for b, row in enumerate(ids)
-        ]
-        colours, digits = torch.stack([torch.stack(pair) for pair in objects]).unbind(
-            -1
-        )  # (B, 2) each
+        u, jitter = self._choices("matching", range(len(ids)))
+        wanted = zip(*attributes(ids), u, strict=True)
+        fitting = [[self._fitting(c[k], d[k], row[k]) for k in range(2)] for c, d, row in wanted]
+        colours, digits = torch.stack([torch.stack(pair) for pair in fitting]).unbind(-1)  # (B, 2)
         either = ids[:, 2] == WORD_ID["and"]
         arrangement = torch.where(either, (4 * u[:, 3]).long(), 2 * (ids[:, 2] == WORD_ID["above"]))
         return self._draw(colours, digits, arrangement, u, jitter)
 
-    def _fitting(self, words: Tensor, u: Tensor) -> Tensor:
-        """A (colour, digit) pair that fits the two ids of an object."""
-        colour, digit = words[0] - WORD_ID[COLOURS[0]], words[1] - WORD_ID[DIGITS[0]]
+    def _choices(self, purpose: str, ids: range | list[int]) -> tuple[Tensor, Tensor]:
+        """All random numbers of each scene: uniform (B, 16), and the jitter of its colours."""
+        draws = [generator(purpose, self.seed, i) for i in ids]
+        u = torch.stack([torch.rand(16, generator=g) for g in draws])
+        return u, torch.stack([torch.randn(2, 3, generator=g) for g in draws])
+
+    def _fitting(self, colour: Tensor, digit: Tensor, u: Tensor) -> Tensor:
+        """A (colour, digit) pair that fits what is named of an object."""
         fits = (colour < 0) | (self.pairs[:, 0] == colour)
         fits &= (digit == len(DIGITS)) | (self.pairs[:, 1] == digit)
         pairs = self.pairs[fits]
@@ -163,9 +155,8 @@ class DigitScenes:
                 choices = self.by_digit[digits[b, k]]
                 digit = self.images[choices[int(u[b, 9 + k] * len(choices))]]  # (8, 8)
                 colour = (RGB[colours[b, k]] * (1 + 0.06 * jitter[b, k])).clamp(0, 1)
-                along = 8 * (
-                    k ^ (int(arrangement[b]) % 2)
-                )  # object 1 comes second when it is right or below
+                second = k ^ (int(arrangement[b]) % 2)  # object 1 is, when right or below
+                along = 8 * second
                 row, column = (offset, along) if arrangement[b] < 2 else (along, offset)
                 canvas[b, :, row : row + 8, column : column + 8] = colour[:, None, None] * digit
         return 2 * canvas - 1

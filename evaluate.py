@@ -76,19 +76,19 @@ def main() -> None:
             teacher = load_denoiser(about["teacher"], preset.shift, Path(given.teacher))
         if given.out:
             given.out.mkdir(parents=True, exist_ok=True)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        teacher, student = teacher.to(device), student.to(device)
         exam = Exam(preset.guidance if given.guidance is None else given.guidance)
+        exam.ask_teacher(teacher)
     except (ValueError, OSError) as error:
         refuse(error)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher, student = teacher.to(device), student.to(device)
-    with torch.no_grad():
-        exam.ask_teacher(teacher)
-        rows = exam_table(exam, student, json.loads(about["taus"]), teacher)
+    taus = json.loads(about["taus"])
+    rows = exam_table(exam, student, taus, teacher)
     print(format_table(rows))
     if given.out:
         settings = {"teacher": given.teacher, "student": str(given.student)}
         (given.out / "metrics.json").write_text(json.dumps(settings | {"table": rows}, indent=1))
-        exam_pictures(given.out / "samples.png", exam, teacher, student, json.loads(about["taus"]))
+        exam_pictures(given.out / "samples.png", exam, teacher, student, taus)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import ASSETS, HORIZONTAL, VERTICAL, DigitScenes
-from nets.text import COLOURS, DIGITS, WORD_ID, SceneText
+from nets.text import DIGITS, WORD_ID, SceneText, attributes
 from nets.vision import Verdict, load_judge
 from nets.weights import digest
 from schedule import draw_samples, generator, grid, normal
@@ -51,8 +51,6 @@ def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
 
 # --- the embedded task ---------------------------------------------------------------------------
 
-FIRST_COLOUR, FIRST_DIGIT = WORD_ID[COLOURS[0]], WORD_ID[DIGITS[0]]
-
 
 @dataclass
 class Reading:
@@ -72,8 +70,7 @@ def read_scene(verdict: Verdict, ids: Tensor) -> Reading:
 
     With "and", object 1 may stand in either place: the better match counts.
     """
-    colours = ids[:, [0, 3]] - FIRST_COLOUR  # (B, 2), -1 where open
-    digits = ids[:, [1, 4]] - FIRST_DIGIT  # (B, 2), 10 where open
+    colours, digits = attributes(ids)  # (B, 2) each
     open_colours, open_digits = colours < 0, digits == len(DIGITS)
     either, above = ids[:, 2] == WORD_ID["and"], ids[:, 2] == WORD_ID["above"]
 

@@ -133,7 +133,7 @@ def save_checkpoint(
         sync_file(part / "digests.json", json.dumps(digests(part)))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(part, final)
-        for old in sorted(folder.glob("step-????????"))[:-keep]:
+        for old in checkpoints(folder)[keep:]:
             shutil.rmtree(old)
     barrier()
 
@@ -146,7 +146,7 @@ def load_checkpoint(
     Returns its extra, None if there is none, and remarks for the user.
     """
     remarks = []
-    for path in sorted(folder.glob("step-????????"), reverse=True):
+    for path in checkpoints(folder):
         if not sound(path):
             remarks.append(f"{path} is damaged; using the checkpoint before it")
             continue
@@ -163,9 +163,12 @@ def load_checkpoint(
 
 def newest(folder: Path) -> Path | None:
     """The newest sound checkpoint."""
-    return next(
-        (path for path in sorted(folder.glob("step-????????"), reverse=True) if sound(path)), None
-    )
+    return next((path for path in checkpoints(folder) if sound(path)), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Newest first, sound or not."""
+    return sorted(folder.glob("step-????????"), reverse=True)
 
 
 def digests(path: Path) -> dict[str, str]:

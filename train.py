@@ -10,6 +10,7 @@ student.safetensors, samples.png, curves.png, log.csv, metrics.json.
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import json
@@ -181,16 +182,16 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 
 def build_nets(cfg: Config, device: torch.device) -> Nets:
     """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
-    copies = (load_teacher(cfg.teacher, cfg.shift).to(device) for _ in range(4))
-    teacher, student, fake, ema = copies
+    teacher = load_teacher(cfg.teacher, cfg.shift).to(device)
+    parallel.copy_from_rank_zero(teacher)
+    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    ema = copy.deepcopy(teacher).requires_grad_(False) if cfg.ema else student
     backbone = load_backbone(cfg.teacher)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
     maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
     disc = Discriminator(backbone, width, maps, SceneText.pooled_width, cfg.disc_channels)
-    frozen = (teacher.requires_grad_(False), disc.to(device), Pixels())
-    for net in (student, fake, ema, disc):
-        parallel.copy_from_rank_zero(net)
-    return Nets(student, fake, *frozen, ema.requires_grad_(False) if cfg.ema else student)
+    parallel.copy_from_rank_zero(disc.to(device))
+    return Nets(student, fake, teacher.requires_grad_(False), disc, Pixels(), ema)
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:

@@ -23,6 +23,11 @@ GRAMMAR = "a [colour] (digit word | digit) (left of | above | and) a [colour] (d
 ARTICLE = r"\b(a|an)\s+"
 
 
+def attributes(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids (B, 5) -> colours (B, 2), -1 where open, and digits (B, 2), 10 where open."""
+    return ids[:, [0, 3]] - WORD_ID[COLOURS[0]], ids[:, [1, 4]] - WORD_ID[DIGITS[0]]
+
+
 def scene_tokenizer() -> Tokenizer:
     """Word level; an article straight before a digit becomes the pad token, an open colour."""
     tokenizer = Tokenizer(models.WordLevel(WORD_ID, unk_token=PAD))

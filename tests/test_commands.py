@@ -244,3 +244,9 @@ def test_summary_is_mean_and_spread_over_seeds(command, tmp_path):
     assert (
         code == 0 and "| all, x0 | 2 | 92.0 ± 2.8 | 1.0 ± 0.0 |" in out and "student 8" not in out
     )
+
+
+def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_path, monkeypatch):
+    (tmp_path / "teacher_samples.npz").write_bytes(b"PK not a zip")
+    monkeypatch.setattr(measures, "ASSETS", tmp_path)
+    refused(command(evaluate, "--student", student), "teacher_samples.npz", "pretrain.py samples")
