@@ -73,9 +73,9 @@ def dmd_loss(
     """
     schedule = teacher.schedule
     with torch.no_grad():
-        t = draw_t(times, schedule, rng, x0.device)
+        t = draw_t(times, schedule, x0, rng)
         x_t = schedule.noise(x0, normal(x0, rng.own), t)
-        g = uniform(rng.own, *guidance)
+        g = uniform(x0, rng.own, *guidance)
         x0_teacher = schedule.x0(x_t, guided(teacher, x_t, t, cond, uncond, g), t)
         x0_fake = schedule.x0(x_t, fake(x_t, t, cond), t)
         target = x0.float() - dmd_gradient(x0, x0_fake, x0_teacher)
@@ -88,6 +88,6 @@ def fake_loss(fake: Callable, x0: Tensor, cond: Cond, times: str, rng: Rng) -> T
     Scalar, fp32.
     """
     schedule, x0 = fake.schedule, x0.detach()
-    t, eps = draw_t(times, schedule, rng, x0.device), normal(x0, rng.own)
+    t, eps = draw_t(times, schedule, x0, rng), normal(x0, rng.own)
     prediction = fake(schedule.noise(x0, eps, t), t, cond)
     return F.mse_loss(prediction.float(), schedule.target(x0, eps).float())

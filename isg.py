@@ -24,7 +24,7 @@ def draw_mid(tau_start: Tensor, tau_end: Tensor, margin: float, rng: Rng) -> Ten
         f"a segment runs from noisy to clean, got {tau_start} -> {tau_end}"
     )
     margin = torch.minimum(torch.full_like(tau_start, margin), (tau_start - tau_end) / 2)
-    u = uniform(rng.own).to(tau_start)
+    u = uniform(tau_start, rng.own)
     return tau_end + margin + u * (tau_start - tau_end - 2 * margin)
 
 
@@ -63,7 +63,7 @@ def isg_loss(
     step = student.schedule.step
     with torch.no_grad():
         tau_mid = draw_mid(tau_start, tau_end, margin, rng)
-        g = uniform(rng.own, *guidance)
+        g = uniform(x_t, rng.own, *guidance)
         x_mid = step(x_t, guided(teacher, x_t, tau_start, cond, uncond, g), tau_start, tau_mid)
         x_tar = step(x_mid, student(x_mid, tau_mid, cond), tau_mid, tau_end)
     x = step(x_t, prediction, tau_start, tau_end)

@@ -210,14 +210,20 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Gaussian noise like `like` (B, ...); row b comes from generators[b]."""
-    rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
-    return torch.stack(rows).to(like.device, like.dtype)
+    """Gaussian noise like `like` (B, ...); each generator fills an equal share of the rows, in
+    order: one row each in training.
+    """
+    shape = (len(like) // len(generators), *like.shape[1:])
+    rows = [torch.randn(shape, generator=g) for g in generators]
+    return torch.cat(rows).to(like.device, like.dtype)
 
 
-def uniform(generators: list[torch.Generator], low: float = 0.0, high: float = 1.0) -> Tensor:
-    """(B,) on the CPU, row b from generators[b]."""
-    u = torch.stack([torch.rand((), generator=g) for g in generators])
+def uniform(
+    like: Tensor, generators: list[torch.Generator], low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """(B,) in fp32 for the rows of `like` (B, ...), shared out as in `normal`."""
+    each = len(like) // len(generators)
+    u = torch.cat([torch.rand(each, generator=g) for g in generators]).to(like.device)
     return low + (high - low) * u
 
 
@@ -226,7 +232,8 @@ class Rng:
 
     shared: one generator, equal on all ranks: for decisions that change which networks are called.
     own:    one generator per sample of the batch, keyed by the sample's global number, so that a
-            sample's noise does not depend on how many ranks there are.
+            sample's noise does not depend on how many ranks there are. (The toy's sample is a whole
+            batch of points: one generator.)
     Nothing is kept between steps, so a resumed run draws the same numbers.
     """
 
@@ -235,17 +242,17 @@ class Rng:
         self.own = [generator(seed, step, purpose, i) for i in samples]
 
 
-def draw_t(kind: str, schedule: Flow | DDPM, rng: Rng, device: torch.device) -> Tensor:
-    """Times (B,) for the DMD and fake losses, drawn per sample, warped.
+def draw_t(kind: str, schedule: Flow | DDPM, like: Tensor, rng: Rng) -> Tensor:
+    """Times (B,) for the DMD and fake losses, drawn for each row of `like`, warped.
 
     kind: "uniform" on (.02, .98) | "logit-normal".
     """
     if kind == "uniform":
-        u = uniform(rng.own, 0.02, 0.98)
+        u = uniform(like, rng.own, 0.02, 0.98)
     elif kind == "logit-normal":
-        u = torch.stack([torch.randn((), generator=g) for g in rng.own]).sigmoid()
+        u = normal(like.new_empty(len(like), dtype=torch.float32), rng.own).sigmoid()
     else:
         raise ValueError(
             f'unknown distribution of times "{kind}"; choose from uniform, logit-normal'
         )
-    return schedule.warp(u).to(device)
+    return schedule.warp(u)

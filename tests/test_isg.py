@@ -62,7 +62,7 @@ def test_target_is_the_teachers_guided_step_then_the_students(schedule, x0, cond
     )
     draws = rng("isg")
     mid = draw_mid(start, end, 0.02, draws)
-    g = uniform(draws.own, *RANGE)
+    g = uniform(x_t, draws.own, *RANGE)
     with torch.no_grad():
         v = guided(teacher, x_t, start, cond, uncond, g)
         x_mid = schedule.step(x_t, v, start, mid)

@@ -105,14 +105,20 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch(x0):
     like = torch.empty(4, 2, 3, 3)
     alone = torch.cat([normal(like[:2], rng.own) for rng in two])
     assert torch.equal(normal(like, one.own), alone)
-    assert torch.equal(uniform(one.own), torch.cat([uniform(rng.own) for rng in two]))
+    assert torch.equal(
+        uniform(like, one.own), torch.cat([uniform(like[:2], rng.own) for rng in two])
+    )
+    whole = Rng(0, 7, "dmd", [0])  # one source for four rows: all different
+    assert len(uniform(like, whole.own).unique()) == 4
     draws = {torch.rand((), generator=rng.shared).item() for rng in (one, *two)}
     assert len(draws) == 1, "a shared draw must be equal on all ranks"
 
 
 def test_random_numbers_differ_by_seed_step_purpose_and_sample():
     keys = [(0, 0, "dmd"), (1, 0, "dmd"), (0, 1, "dmd"), (0, 0, "fake")]
-    numbers = torch.stack([uniform(Rng(*key, range(8)).own) for key in keys]).flatten()
+    numbers = torch.stack(
+        [uniform(torch.empty(8), Rng(*key, range(8)).own) for key in keys]
+    ).flatten()
     assert len(numbers.unique()) == 32
 
 
@@ -120,10 +126,10 @@ def test_times_follow_their_distribution_and_the_shift():
     """20,000 draws: uniform has mean .5, logit-normal median .5; shift 3 maps a half to three
     quarters.
     """
-    rng = Rng(0, 0, "t", range(20000))
-    t = draw_t("uniform", Flow(), rng, torch.device("cpu"))
+    points, rng = torch.empty(20000, 2, 1, 1), Rng(0, 0, "t", [0])
+    t = draw_t("uniform", Flow(), points, rng)
     assert t.min() >= 0.02 and t.max() <= 0.98 and t.mean().item() == pytest.approx(0.5, abs=0.01)
-    t = draw_t("logit-normal", Flow(3.0), rng, torch.device("cpu"))
+    t = draw_t("logit-normal", Flow(3.0), points, rng)
     assert t.median().item() == pytest.approx(0.75, abs=0.01)
     with pytest.raises(ValueError, match="beta"):
-        draw_t("beta", Flow(), rng, torch.device("cpu"))
+        draw_t("beta", Flow(), points, rng)
