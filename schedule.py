@@ -2,6 +2,7 @@
 
     Flow, DDPM    x_t = alpha(t) x0 + sigma(t) eps, and a network's prediction as x0 or eps
     guided        classifier-free or embedded guidance, the only place that knows which
+    grid          the times of a sampler; resolution_shift is FLUX.1-dev's shift for them
     sample_x0     few-step sampling: estimate x0, noise it again to the next anchor
     sample_ode    deterministic sampling: Euler for Flow, DDIM for DDPM
     Rng, draw_t   random numbers, a function of (seed, step, purpose, sample)
@@ -13,6 +14,7 @@ ranks or configuration.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -136,10 +138,25 @@ def guided(
 # --- samplers ------------------------------------------------------------------------------------
 
 
-def grid(schedule: Flow | DDPM, steps: int) -> list[float]:
-    """`steps` times from pure noise, evenly spaced before the shift: 1, 1 - 1/N, ... 1/N."""
-    u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+def grid(schedule: Flow | DDPM, steps: int, last: float | None = None) -> list[float]:
+    """`steps` times from pure noise, evenly spaced before the shift: 1, 1 - 1/N, ... 1/N.
+
+    last: where they end instead of 1/N, before the shift. The official sampler of SD 3.5 ends at
+    the shifted 1/1000, and so shifts it twice.
+    """
+    if last is None:
+        u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    else:
+        u = torch.linspace(1, last, steps, dtype=torch.float64)
     return schedule.warp(u).tolist()
+
+
+def resolution_shift(tokens: int) -> float:
+    """The shift FLUX.1-dev samples with: exp(mu), mu linear in the number of image tokens.
+
+    mu is .5 at 256 tokens (256 x 256 pixels) and 1.15 at 4096 (1024 x 1024); schnell has none.
+    """
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 @torch.no_grad()

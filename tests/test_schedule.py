@@ -1,10 +1,27 @@
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import GaussianVelocity, Linear
 
-from schedule import DDPM, Flow, Rng, draw_t, grid, guided, normal, sample_ode, sample_x0, uniform
+from schedule import (
+    DDPM,
+    Flow,
+    Rng,
+    draw_t,
+    grid,
+    guided,
+    normal,
+    resolution_shift,
+    sample_ode,
+    sample_x0,
+    uniform,
+)
 
 T = torch.tensor([0.999, 0.5, 0.1])
+PUBLISHED = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
 
 
 def test_flow_and_ddpm_round_trip_x0_and_eps(schedule, x0):
@@ -36,10 +53,10 @@ def test_the_ends_are_data_and_noise(schedule, x0):
 
 
 def test_ddpm_table_has_the_published_values():
-    """alpha-bar at the entries of the four-step students (published figures, 1e-6)."""
-    got = DDPM().alpha_bar[[999, 749, 499, 249, 0]]
-    published = [0.0046601, 0.0566235, 0.2776697, 0.6754324, 0.99915]
-    torch.testing.assert_close(got, torch.tensor(published, dtype=got.dtype), atol=1e-6, rtol=0)
+    """alpha-bar at the entries of the four-step students and at the first, to 1e-6."""
+    table = PUBLISHED["ddpm"]["alphas_cumprod"]
+    got = DDPM().alpha_bar[[int(i) for i in table]]
+    assert got.tolist() == pytest.approx([*table.values()], abs=1e-6)
     assert DDPM().alpha(torch.tensor([0.999])).item() == pytest.approx(0.0046601**0.5, abs=1e-6)
 
 
@@ -47,6 +64,32 @@ def test_grids_are_those_of_the_teachers():
     assert grid(Flow(3.0), 4) == pytest.approx([1, 0.9, 0.75, 0.5])  # SD 3.5
     assert grid(Flow(), 4) == [1, 0.75, 0.5, 0.25]
     assert grid(Flow(2.0), 4) == pytest.approx([1, 6 / 7, 2 / 3, 0.4])  # the embedded teacher
+
+
+def test_flux_dev_samples_on_its_published_grids():
+    """The shift grows with the image; the lists end with the clean image, ours do not."""
+    flux = PUBLISHED["flux"]
+    for tokens, sigmas in [(4096, flux["sigmas_1024"]), (1024, flux["sigmas_512"])]:
+        assert resolution_shift(tokens) == pytest.approx(math.exp(flux["mu"][str(tokens)]))
+        for steps, wanted in sigmas.items():
+            got = grid(Flow(resolution_shift(tokens)), int(steps))
+            assert [*got, 0.0] == pytest.approx(wanted, abs=1e-6)
+    assert resolution_shift(4096) == pytest.approx(flux["shift_factor_exp_mu_1024"], abs=1e-6)
+    assert resolution_shift(256) == pytest.approx(math.exp(0.5))
+
+
+def test_flux_schnell_samples_unshifted():
+    assert [*grid(Flow(), 4), 0.0] == PUBLISHED["flux"]["schnell_unshifted"]["4"]
+
+
+def test_sd35_samples_on_its_published_grids():
+    """Plain, and as the official sampler does, which shifts the low end twice."""
+    sd35, flow = PUBLISHED["sd35"], Flow(PUBLISHED["sd35"]["shift"])
+    for steps, wanted in sd35["plain_sigmas"].items():
+        assert [*grid(flow, int(steps)), 0.0] == pytest.approx(wanted, abs=1e-6)
+    last = flow.warp(torch.tensor(1 / 1000, dtype=torch.float64)).item()
+    for steps, wanted in sd35["official_sigmas"].items():
+        assert [*grid(flow, int(steps), last), 0.0] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_guidance_is_uncond_plus_g_times_the_difference(x0, cond, uncond):
