@@ -1,15 +1,32 @@
 """Text: prompts to token ids to the `cond` dict a denoiser takes.
 
-    SceneText   the embedded task: five word slots, each a one-hot vector (no weights)
+    SceneText       the embedded task: five word slots, each a one-hot vector (no weights)
+    clip_tokenizer  from the official vocab.json and merges.txt
+    t5_tokenizer    from the official tokenizer.json
+    CLIP            the text encoders CLIP-L and CLIP-G, with the Hugging Face tensor names
+    T5              the encoder of T5 v1.1, with the Hugging Face tensor names
+    FluxText        FLUX.1: T5's state of every token, and CLIP-L's one vector
 
 A caption of the embedded task is `a [colour] (digit | "digit") (left of | above | and) a [colour]
 (digit | "digit")`. The tokenizer turns it into five ids (colour, digit, relation, colour, digit); a
 colour left out is the pad token, and the null caption is five pads.
+
+B batch, T tokens, D width, N heads. No encoder is told which tokens are padding: the denoisers were
+trained on text that attends to it.
 """
 
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+
+# --- the embedded task ---------------------------------------------------------------------------
 
 PAD = "[pad]"
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")
@@ -86,7 +103,7 @@ class SceneText(nn.Module):
 
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
         """Token ids (B, 5) -> cond."""
-        words = nn.functional.one_hot(ids, len(VOCABULARY)).float()  # (B, 5, words)
+        words = F.one_hot(ids, len(VOCABULARY)).float()  # (B, 5, words)
         places = torch.eye(len(SLOTS), device=ids.device).expand(len(ids), -1, -1)  # (B, 5, 5)
         return {"context": torch.cat([words, places], dim=-1), "pooled": words.flatten(1)}
 
@@ -98,4 +115,324 @@ class SceneText(nn.Module):
 
         For the large teachers that is CLIP's text embedding.
         """
-        return nn.functional.normalize(self.encode(self.tokens(captions))["pooled"], dim=-1)
+        return F.normalize(self.encode(self.tokens(captions))["pooled"], dim=-1)
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+CLIP_LENGTH = 77  # tokens, with the two special ones
+T5_LENGTH = {"flux-dev": 512, "flux-schnell": 256}
+T5_END = 1  # the id of </s>
+START, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+def read_text(path: Path) -> str:
+    """Raises FileNotFoundError or ValueError in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged: it is no UTF-8 text; fetch it again") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged or no JSON; fetch it again ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object; fetch it again")
+    return content
+
+
+def clip_tokenizer(vocab: Path, merges: Path, pad: int | None = None) -> Tokenizer:
+    """From vocab.json and merges.txt; 77 ids a prompt.
+
+    pad: what fills up; None is the end token (CLIP-L), SDXL's second and SD 3.5's CLIP-G have 0.
+    """
+    ids, lines = read_json(vocab), read_text(merges).splitlines()
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    if not {START, END} <= ids.keys():
+        raise ValueError(f"{vocab} is no vocabulary of CLIP: {START} or {END} is not in it")
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise ValueError(f'{merges} does not fit {vocab.name}: "{" ".join(pair)}"')
+    tokenizer = Tokenizer(models.BPE(ids, pairs, unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.add_special_tokens([START, END])  # written in a prompt they are the tokens themselves
+    tokenizer.post_processor = processors.RobertaProcessing((END, ids[END]), (START, ids[START]))
+    return fixed_length(tokenizer, CLIP_LENGTH, ids[END] if pad is None else pad)
+
+
+def t5_tokenizer(path: Path, length: int) -> Tokenizer:
+    """From tokenizer.json; `length` ids a prompt, </s> the last before the padding."""
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or model.get("type") != "Unigram":
+        raise ValueError(f"{path} is no tokenizer of T5: its model is not Unigram")
+    tokenizer = Tokenizer.from_file(str(path))
+    ending = [("</s>", T5_END)]
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=ending)
+    return fixed_length(tokenizer, length, pad=0)
+
+
+def fixed_length(tokenizer: Tokenizer, length: int, pad: int) -> Tokenizer:
+    """Cuts and fills up to `length` ids; the special tokens stay when text is cut."""
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=pad)
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
+    """(B, T)."""
+    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(captions)])
+
+
+# --- CLIP ----------------------------------------------------------------------------------------
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """(B, T, D) -> (B, N, T, D / N)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # of the MLP
+    activation: Callable[[Tensor], Tensor]
+    projected: bool  # the pooled output goes through text_projection
+    length: int = CLIP_LENGTH
+    vocabulary: int = 49408
+
+
+CLIP_L = CLIPConfig(768, 12, 12, 3072, quick_gelu, projected=False)
+CLIP_G = CLIPConfig(1280, 32, 20, 5120, F.gelu, projected=True)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (per_head(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, cfg: CLIPConfig):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
+        self.self_attn = CLIPAttention(cfg.width, cfg.heads)
+        self.mlp = CLIPMLP(cfg.width, cfg.hidden, cfg.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIP(nn.Module):
+    """CLIP's text encoder: causal, so that the end token has read the whole prompt."""
+
+    def __init__(self, cfg: CLIPConfig):
+        super().__init__()
+        self.cfg = cfg
+        embeddings = {
+            "token_embedding": nn.Embedding(cfg.vocabulary, cfg.width),
+            "position_embedding": nn.Embedding(cfg.length, cfg.width),
+        }
+        layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.depth))
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(embeddings),
+                "encoder": nn.ModuleDict({"layers": layers}),
+                "final_layer_norm": nn.LayerNorm(cfg.width),
+            }
+        )
+        if cfg.projected:
+            self.text_projection = nn.Linear(cfg.width, cfg.width, bias=False)
+
+    def states(self, ids: Tensor) -> list[Tensor]:
+        """ids (B, T) -> the embeddings, then what each block makes of them, (B, T, D) each."""
+        embeddings = self.text_model.embeddings
+        x = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
+        states = [x]
+        for block in self.text_model.encoder.layers:
+            states.append(block(states[-1]))
+        return states
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (B, T) -> last (B, T, D), penultimate (B, T, D), pooled (B, D).
+
+        last: the last block's output after the final norm; penultimate: the last block but one's,
+        without it; pooled: `last` at the end token (the largest id, its first place), projected in
+        CLIP-G.
+        """
+        *_, penultimate, x = self.states(ids)
+        last = self.text_model.final_layer_norm(x)
+        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+        return last, penultimate, self.text_projection(pooled) if self.cfg.projected else pooled
+
+
+# --- T5 ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class T5Config:
+    width: int
+    depth: int
+    heads: int
+    head: int  # width of a head
+    hidden: int  # of the MLP
+    vocabulary: int = 32128
+    buckets: int = 32  # of relative positions, half of them for keys after the query
+    furthest: int = 128  # tokens; whatever is further away shares the last bucket
+
+
+T5_XXL = T5Config(width=4096, depth=24, heads=64, head=64, hidden=10240)
+
+
+def relative_buckets(length: int, buckets: int, furthest: int) -> Tensor:
+    """(T, T) long: the bucket of key minus query.
+
+    Of each half of the buckets, the first half is one per distance, the rest grows by a factor.
+    """
+    place = torch.arange(length)
+    offset = place[None, :] - place[:, None]  # (query, key)
+    half, exact = buckets // 2, buckets // 4
+    distance = offset.abs()
+    octaves = torch.log(distance.clamp_min(1).double() / exact) / math.log(furthest / exact)
+    # The edges 16, 32 and 64 are whole numbers: rounding must not decide which side they are on.
+    far = exact + (octaves * (half - exact) + 1e-9).floor().long().clamp_max(half - exact - 1)
+    return half * (offset > 0) + torch.where(distance < exact, distance, far)
+
+
+class T5Attention(nn.Module):
+    def __init__(self, cfg: T5Config, first: bool):
+        super().__init__()
+        self.heads, inner = cfg.heads, cfg.heads * cfg.head
+        self.q, self.k, self.v = (nn.Linear(cfg.width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, cfg.width, bias=False)
+        if first:
+            self.relative_attention_bias = nn.Embedding(cfg.buckets, cfg.heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (per_head(p(x), self.heads) for p in (self.q, self.k, self.v))
+        # T5 does not divide by sqrt(d): its initialisation has done so.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+class T5MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.wi_0, self.wi_1 = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.wo = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class T5Block(nn.Module):
+    def __init__(self, cfg: T5Config, first: bool):
+        super().__init__()
+        attention, mlp = T5Attention(cfg, first), T5MLP(cfg.width, cfg.hidden)
+        norm_1, norm_2 = nn.RMSNorm(cfg.width, eps=1e-6), nn.RMSNorm(cfg.width, eps=1e-6)
+        self.layer = nn.ModuleList(
+            [
+                nn.ModuleDict({"SelfAttention": attention, "layer_norm": norm_1}),
+                nn.ModuleDict({"DenseReluDense": mlp, "layer_norm": norm_2}),
+            ]
+        )
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        attend, mix = self.layer
+        x = x + attend.SelfAttention(attend.layer_norm(x), bias)
+        return x + mix.DenseReluDense(mix.layer_norm(x))
+
+
+class T5(nn.Module):
+    """The encoder of T5 v1.1, bf16 or fp32: its residual stream overflows in fp16."""
+
+    # SD 3.5's t5xxl_fp16 stores shared.weight a second time, under this name.
+    duplicates = ("encoder.embed_tokens.weight",)
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.cfg = cfg
+        self.shared = nn.Embedding(cfg.vocabulary, cfg.width)
+        blocks = nn.ModuleList(T5Block(cfg, first=i == 0) for i in range(cfg.depth))
+        final = nn.RMSNorm(cfg.width, eps=1e-6)
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": final})
+
+    def position_bias(self, length: int) -> Tensor:
+        """(1, N, T, T), added to the attention scores of every block; the table is block 0's."""
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        buckets = relative_buckets(length, self.cfg.buckets, self.cfg.furthest)
+        return table(buckets.to(table.weight.device)).movedim(-1, 0)[None].contiguous()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> the last block's output after the final norm (B, T, D)."""
+        dtype = self.shared.weight.dtype
+        assert dtype != torch.float16, "T5 overflows in fp16; load it in bfloat16 or float32"
+        x, bias = self.shared(ids), self.position_bias(ids.shape[1])
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+
+# --- FLUX.1 --------------------------------------------------------------------------------------
+
+
+class FluxText(nn.Module):
+    """Prompts as FLUX.1 reads them.
+
+    context (B, T, 4096): T5's last hidden state, 512 tokens (schnell 256); pooled (B, 768): CLIP-L
+    at its end token. Both in the dtype of the encoders' weights.
+    """
+
+    def __init__(self, clip: CLIP, t5: T5, clip_tokenizer: Tokenizer, t5_tokenizer: Tokenizer):
+        super().__init__()
+        self.clip, self.t5 = clip, t5
+        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
+
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """CLIP's ids (B, 77) and T5's (B, T)."""
+        return token_ids(self.clip_tokenizer, captions), token_ids(self.t5_tokenizer, captions)
+
+    def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> dict[str, Tensor]:
+        """Token ids -> cond."""
+        return {"context": self.t5(t5_ids), "pooled": self.clip(clip_ids)[2]}
+
+    @torch.no_grad()  # the encoders are never trained
+    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return self.encode(*(ids.to(device) for ids in self.tokens(captions)))

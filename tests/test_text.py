@@ -1,0 +1,363 @@
+"""Text encoders against reference numbers, tokenizers against published ids.
+
+The reference networks are small, with random weights in official names, made with an independent
+implementation; their fp32 agreement among themselves is 3e-6, a wrong formula is off by 3e-4.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from nets.text import (
+    CLIP,
+    CLIP_G,
+    CLIP_L,
+    T5,
+    T5_XXL,
+    CLIPConfig,
+    FluxText,
+    T5Config,
+    clip_tokenizer,
+    quick_gelu,
+    relative_buckets,
+    t5_tokenizer,
+    token_ids,
+)
+from nets.weights import read_metadata
+
+HERE = Path(__file__).parent
+PUBLISHED = json.loads((HERE / "golden" / "clip_tokens.json").read_text())
+START, END = PUBLISHED["bos"], PUBLISHED["eos"]
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
+
+
+def read_golden(name):
+    """The tensors of a reference file without its weights, the weights, the sizes."""
+    path = HERE / "golden" / f"{name}.safetensors"
+    tensors, size = load_file(path), json.loads(read_metadata(path)["config"])
+    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
+    return tensors, weights, size
+
+
+def make_clip(name):
+    golden, weights, size = read_golden(name)
+    cfg = CLIPConfig(
+        size["hidden_size"],
+        size["num_hidden_layers"],
+        size["num_attention_heads"],
+        size["intermediate_size"],
+        {"quick_gelu": quick_gelu, "gelu": F.gelu}[size["hidden_act"]],
+        size["projection_dim"] is not None,
+        size["max_position_embeddings"],
+        size["vocab_size"],
+    )
+    net = CLIP(cfg).requires_grad_(False)
+    net.load_state_dict(weights)  # strict: official names, none missing, none left over
+    return net, golden
+
+
+@pytest.fixture(scope="module")
+def t5():
+    golden, weights, size = read_golden("t5_encoder")
+    cfg = T5Config(
+        width=size["d_model"],
+        depth=size["num_layers"],
+        heads=size["num_heads"],
+        head=size["d_kv"],
+        hidden=size["d_ff"],
+        vocabulary=size["vocab_size"],
+    )
+    net = T5(cfg).requires_grad_(False)
+    net.load_state_dict(weights)
+    return net, golden
+
+
+# --- encoders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, pooled_name", [("clip_l", "pooled"), ("clip_g_hf", "text_embeds")], ids=["L", "G"]
+)
+def test_clip_equals_the_reference(name, pooled_name):
+    """Every block, the last state, the one before, the pooled vector (projected in G)."""
+    net, golden = make_clip(name)
+    ids = golden["inputs/input_ids"]
+    states = net.states(ids)
+    assert len(states) == net.cfg.depth + 1
+    for i, state in enumerate(states):
+        close(state, golden[f"outputs/hidden_states.{i}"])
+    last, penultimate, pooled = net(ids)
+    close(last, golden["outputs/last_hidden_state"])
+    close(penultimate, golden["outputs/penultimate"])
+    close(pooled, golden[f"outputs/{pooled_name}"])
+
+
+def test_t5_equals_the_reference(t5):
+    """160 tokens, so that distances beyond 128 occur: position bias, first block, last state."""
+    net, golden = t5
+    ids = golden["inputs/input_ids"]
+    bias = net.position_bias(160)
+    close(bias[0, :, 0], golden["outputs/position_bias_row_0"])
+    close(bias[0, :, 159], golden["outputs/position_bias_row_159"])
+    close(net.encoder.block[0](net.shared(ids), bias), golden["outputs/hidden_states.1"])
+    close(net(ids), golden["outputs/last_hidden_state"])
+
+
+@pytest.mark.parametrize(
+    "file, kind, cfg",
+    [
+        ("flux_text_encoder", CLIP, CLIP_L),
+        ("clip_l", CLIP, CLIP_L),
+        ("clip_g", CLIP, CLIP_G),
+        ("flux_text_encoder_2", T5, T5_XXL),
+        ("t5xxl_fp16", T5, T5_XXL),
+    ],
+)
+def test_names_and_shapes_are_those_of_the_official_file(file, kind, cfg):
+    """At full size, without memory; SD 3.5's T5 holds its embedding twice, and we want it once."""
+    official = json.loads((HERE / "manifests" / f"{file}.json").read_text())
+    shapes = {name: shape for name, (_, shape) in official.items()}
+    if file == "t5xxl_fp16":
+        for name in T5.duplicates:
+            assert shapes.pop(name) == shapes["shared.weight"]
+    with torch.device("meta"):
+        net = kind(cfg)
+    assert {name: list(tensor.shape) for name, tensor in net.state_dict().items()} == shapes
+
+
+def test_in_clip_a_later_token_does_not_change_earlier_ones():
+    net, golden = make_clip("clip_l")
+    ids = golden["inputs/input_ids"]
+    changed = ids.clone()
+    changed[:, 7] = 5
+    before, after = net(ids)[0], net(changed)[0]
+    close(after[:, :7], before[:, :7])
+    assert (after[:, 7:] - before[:, 7:]).abs().amax(-1).gt(1e-3).all()
+
+
+def test_clips_pooled_vector_is_read_at_the_first_end_token():
+    """The padding after it is the end token again; what follows it cannot matter."""
+    net, golden = make_clip("clip_l")
+    ids = golden["inputs/input_ids"]
+    last, _, pooled = net(ids)
+    assert ids[0].tolist().index(63) == 6 and (ids[0, 6:] == 63).all()
+    assert torch.equal(pooled[0], last[0, 6]) and torch.equal(pooled[2], last[2, 1])
+    other = torch.where(torch.arange(12) > 6, 0, ids[:1])
+    close(net(other)[2], pooled[:1])
+
+
+def test_in_t5_every_token_sees_every_other_padding_too(t5):
+    """There is no mask: another token in the last place reaches the first."""
+    net, golden = t5
+    ids = golden["inputs/input_ids"]
+    padded, other = ids.clone(), ids.clone()
+    padded[:, -1], other[:, -1] = 0, 7
+    difference = (net(padded) - net(other)).abs().amax(-1)
+    assert difference.gt(1e-4).all()
+
+
+def test_t5_distances_share_buckets_by_powers_of_the_root_of_two():
+    """Up to 7 one each, then edges at 8 sqrt(2)^k, in whole numbers n^2 >= 64 2^k; from 128 on one.
+
+    Keys after the query have the upper half, so the sign is that of key minus query.
+    """
+    table = relative_buckets(300, buckets=32, furthest=128)
+    for n in range(300):
+        wanted = n if n < 8 else min(15, 8 + sum(n * n >= 64 * 2**k for k in range(1, 9)))
+        assert table[n, 0] == wanted, f"key {n} before the query"
+        assert table[0, n] == wanted + 16 * (n > 0), f"key {n} after the query"
+    assert torch.equal(table[1:, 1:], table[:-1, :-1])  # only the difference counts
+
+
+def test_bf16_states_are_within_two_percent_of_fp32(t5):
+    """Relative to their norm, on weights that are bf16 already, as FLUX's files are."""
+    for net, golden in [t5, make_clip("clip_l"), make_clip("clip_g_hf")]:
+        low = type(net)(net.cfg).bfloat16()
+        low.load_state_dict(net.state_dict())
+        full = type(net)(net.cfg)
+        full.load_state_dict(low.state_dict())
+        pairs = [(full(golden["inputs/input_ids"]), low(golden["inputs/input_ids"]))]
+        if isinstance(net, CLIP):
+            pairs = list(zip(*pairs[0], strict=True))
+        for wanted, got in pairs:
+            assert got.dtype == torch.bfloat16
+            error = (got.float() - wanted).norm() / wanted.norm()
+            assert error < 0.02, f"{type(net).__name__}: {error:.4f}"
+
+
+def test_t5_in_fp16_is_refused(t5):
+    with pytest.raises(AssertionError, match="overflows in fp16"):
+        T5(t5[0].cfg).half()(torch.zeros(1, 4, dtype=torch.long))
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+# The part of CLIP's vocabulary that the published prompts need: whole words, then parts of words,
+# written as byte-level BPE writes them.
+WORDS = (
+    "'s 568 we 649 'll 1342 'm 880 they 889 've 1200 don 847 't 713 two 1237 spaces 9006 and 537 "
+    "photo 1125 of 539 cat 2368 render 13024 off 1007 hello 3306 world 1002 foo 23435 bar 2411 "
+    "very 1070 ++ 19056 smart 4115 quotes 5808 word 2653 cinematic 25602 still 1170 raccoon 29516 "
+    "wearing 3309 mm 2848 line 1148 suit 3940 clair 14039 keh 36983 cafÃ© 15304 ðŁĺĢ 7334 "
+    "Â½ 33613 it 585 ve 563 ne 1422"
+)
+PARTS = "new 1218 na 1097 Ã¯ 35689 Ã© 3459 æĿ± 48338 äº 21078 âĢ 728 space 7857 bo 647"
+
+
+def pairs(text):
+    words = text.split()
+    return [(word, int(i)) for word, i in zip(words[::2], words[1::2], strict=True)]
+
+
+@pytest.fixture(scope="module")
+def clip_files(tmp_path_factory):
+    """vocab.json and merges.txt.
+
+    Each piece is merged from left to right; what only occurs on the way has ids of no importance.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {letter: i for i, letter in enumerate(letters)}
+    ids |= {letter + "</w>": 256 + i for i, letter in enumerate(letters)}
+    ids |= {"<|startoftext|>": START, "<|endoftext|>": END}
+    words, parts = pairs(WORDS), pairs(PARTS)
+    pieces = [([*word[:-1], word[-1] + "</w>"], i) for word, i in words]
+    pieces += [([*part], i) for part, i in parts]
+    ids |= {"".join(symbols): i for symbols, i in pieces}
+    free = iter(sorted(set(range(512, START)) - set(ids.values())))
+    merges = []
+    for symbols, _ in pieces:
+        for k in range(1, len(symbols)):
+            left = "".join(symbols[:k])
+            ids.setdefault(left, next(free))
+            merges.append(f"{left} {symbols[k]}")
+            ids.setdefault(left + symbols[k], next(free))
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    text = "\n".join(["#version: 0.2", *dict.fromkeys(merges), ""])
+    (folder / "merges.txt").write_text(text, encoding="utf-8")
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+@pytest.fixture(scope="module")
+def t5_file(tmp_path_factory):
+    """A small tokenizer.json of T5's kind: pieces with a score, words begin with a low line."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁three", "s", "▁digit"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    path = tmp_path_factory.mktemp("t5") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("prompt", PUBLISHED["prompts"], ids=lambda prompt: prompt["text"][:20])
+def test_clip_ids_are_the_published_ones(clip_files, prompt):
+    """Case, spaces, accents, contractions, digits one by one; filled up with the end token in L
+    and with 0 in G; a prompt that is too long still ends."""
+    wanted = prompt["ids_to_eos"]
+    missing = PUBLISHED["length"] - len(wanted)
+    for pad, filler in [(None, END), (0, 0)]:
+        ids = token_ids(clip_tokenizer(*clip_files, pad), [prompt["text"]])
+        assert ids.tolist() == [wanted + [filler] * missing]
+
+
+def test_clips_special_tokens_written_out_are_the_tokens(clip_files):
+    ids = token_ids(clip_tokenizer(*clip_files), ["a cat<|endoftext|> a"])[0, :7]
+    assert ids.tolist() == [START, 320, 2368, END, 320, END, END]
+
+
+def test_t5_ids_end_with_the_end_token_and_are_filled_with_zeros(t5_file):
+    ids = token_ids(t5_tokenizer(t5_file, 6), ["a red digit", "", "three threes"])
+    assert ids.tolist() == [[4, 5, 8, 1, 0, 0], [1, 0, 0, 0, 0, 0], [6, 6, 7, 1, 0, 0]]
+
+
+def test_t5_keeps_the_end_token_when_it_cuts(t5_file):
+    ids = token_ids(t5_tokenizer(t5_file, 4), ["a red digit a red digit", "a red digit"])
+    assert ids.tolist() == [[4, 5, 8, 1], [4, 5, 8, 1]]
+
+
+def test_t5_ignores_lengths_set_in_the_file(t5_file, tmp_path):
+    """A tokenizer.json may bring its own truncation and padding."""
+    tokenizer = Tokenizer.from_file(str(t5_file))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9, pad_id=7, direction="left")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = token_ids(t5_tokenizer(tmp_path / "tokenizer.json", 5), ["a red digit"])
+    assert ids.tolist() == [[4, 5, 8, 1, 0]]
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_missing_tokenizer_files_are_named(clip_files, t5_file, tmp_path):
+    vocab, merges = clip_files
+    for path, read in [
+        (tmp_path / "vocab.json", lambda path: clip_tokenizer(path, merges)),
+        (tmp_path / "merges.txt", lambda path: clip_tokenizer(vocab, path)),
+        (tmp_path / "tokenizer.json", lambda path: t5_tokenizer(path, 8)),
+    ]:
+        with pytest.raises(FileNotFoundError) as error:
+            read(path)
+        assert str(path) in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b'{"model": {"type"', b"[1, 2]", b'{"a": 1}', b"\xff\xfe\x00"])
+def test_damaged_tokenizer_files_are_named(clip_files, tmp_path, content):
+    """Half a file, another kind of JSON, another object, no text at all."""
+    vocab, merges = clip_files
+    path = tmp_path / "damaged"
+    path.write_bytes(content)
+    for read in [
+        lambda: clip_tokenizer(path, merges),
+        lambda: clip_tokenizer(vocab, path),
+        lambda: t5_tokenizer(path, 8),
+    ]:
+        with pytest.raises(ValueError) as error:
+            read()
+        assert str(path) in one_line(error)
+
+
+# --- FLUX.1 --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(clip_files, t5_file):
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False))
+    t5 = T5(T5Config(width=16, depth=2, heads=2, head=4, hidden=24, vocabulary=9))
+    return FluxText(clip, t5, clip_tokenizer(*clip_files), t5_tokenizer(t5_file, 10))
+
+
+def test_flux_reads_t5_token_by_token_and_clip_as_one_vector(text):
+    prompts = ["a red digit", "", "a digit a digit a digit a digit a digit"]
+    cond = text(prompts)
+    clip_ids, t5_ids = text.tokens(prompts)
+    assert clip_ids.shape == (3, 77) and t5_ids.shape == (3, 10)
+    assert cond.keys() == {"context", "pooled"}
+    assert cond["context"].shape == (3, 10, 16) and cond["pooled"].shape == (3, 12)
+    close(cond["context"], text.t5(t5_ids))
+    last = text.clip(clip_ids)[0]
+    ends = [row.index(END) for row in clip_ids.tolist()]
+    close(cond["pooled"], last[torch.arange(3), ends])
+    assert not cond["context"].requires_grad and not cond["pooled"].requires_grad
+
+
+def test_a_prompt_is_read_alike_alone_and_among_others(text):
+    prompts = ["a red digit", "three", "a digit a digit a digit"]
+    together, again = text(prompts), text(prompts)
+    for name, tensor in together.items():
+        assert torch.equal(tensor, again[name]), "the same prompts must give the same numbers"
+        assert not torch.allclose(tensor[0], tensor[1], atol=1e-3)
+        for b, prompt in enumerate(prompts):
+            close(text([prompt])[name], tensor[b : b + 1])
