@@ -1,0 +1,274 @@
+"""Weights in and out: strict loading from one file or several, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model import Flux, FluxConfig
+from nets.weights import load_weights, save_weights
+from schedule import Flow
+
+ROOT = Path(__file__).parent.parent
+FULL_DEPTH = FluxConfig(
+    guidance=True,
+    channels=2,
+    width=12,
+    heads=2,
+    context_width=8,
+    pooled_width=8,
+    axes=(2, 2, 2),
+)  # all 57 blocks, so all the names of flux1-dev
+
+
+def small(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net.register_buffer("mean", torch.randn(2))
+    return net
+
+
+def empty() -> nn.Module:
+    with torch.device("meta"):
+        return small()
+
+
+def same(net: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(net.state_dict().items(), other.state_dict().values(), strict=True)
+    return all(torch.equal(tensor, again) for (_, tensor), again in pairs)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A whole file of `small`'s weights."""
+    save_weights(small(), tmp_path / "small.safetensors", torch.float32, {})
+    return tmp_path / "small.safetensors"
+
+
+@pytest.fixture
+def shards(path):
+    """The same weights in two files and their index."""
+    tensors, parts, places = load_file(path), {}, {}
+    for name, tensor in tensors.items():
+        places[name] = f"small-0000{1 + name.startswith('1.')}-of-00002.safetensors"
+        parts.setdefault(places[name], {})[name] = tensor
+    for file, part in parts.items():
+        save_file(part, path.parent / file)
+    index = path.parent / "small.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+# --- what loads ----------------------------------------------------------------------------------
+
+
+def test_flux_saved_is_flux_loaded_bit_for_bit(tmp_path):
+    """All names of flux1-dev at a small width, onto the meta device."""
+    torch.manual_seed(0)
+    net, path = Flux(FULL_DEPTH, Flow()).bfloat16(), tmp_path / "flux1-dev.safetensors"
+    save_weights(net, path, torch.bfloat16, {"teacher": "flux-dev"})
+    with torch.device("meta"):
+        again = Flux(FULL_DEPTH, Flow())
+    load_weights(again, path, torch.bfloat16)
+    assert len(net.state_dict()) == 780 and same(net, again)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in again.parameters())
+
+
+def test_shards_load_as_one_file_does(shards):
+    """By their index, or listed."""
+    parts = sorted(shards.parent.glob("small-*"))
+    assert len(parts) == 2
+    assert same(load_weights(empty(), shards), small())
+    assert same(load_weights(empty(), parts), small())
+
+
+def test_a_prefix_picks_one_network_of_several(path):
+    """Combined files hold transformer and VAE; what is not under the prefix is not looked at."""
+    both = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(both | {"first_stage_model.bias": torch.zeros(1)}, path)
+    assert same(load_weights(empty(), path, prefix="model.diffusion_model."), small())
+    with pytest.raises(ValueError, match="5 names missing .* 6 unexpected"):
+        load_weights(empty(), path)
+
+
+def test_names_known_to_be_no_weights_are_ignored_exactly(path):
+    save_file(load_file(path) | {"position_ids": torch.arange(3)}, path)
+    assert same(load_weights(empty(), path, ignore=["position_ids"]), small())
+    with pytest.raises(ValueError, match=r"1 unexpected \(position_ids\)"):
+        load_weights(empty(), path, ignore=["position"])
+    save_file({name: t for name, t in load_file(path).items() if name != "mean"}, path)
+    with pytest.raises(ValueError, match=r"1 names missing \(mean\)"):
+        load_weights(empty(), path, ignore=["position_ids", "mean"])
+
+
+def test_loaded_weights_outlive_their_file(path):
+    """Even where nothing is cast, they are copies: the file may be overwritten under them."""
+    net = load_weights(empty(), path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert same(net, small())
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def cut_header(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def cut_data(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def pickled(path):
+    torch.save(small().state_dict(), path)
+
+
+def git_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def nothing(path):
+    path.write_bytes(b"")
+
+
+def another_network(path):
+    save_file({f"blocks.{i}.weight": torch.zeros(1) for i in range(7)}, path)
+
+
+def another_shape(path):
+    save_file(load_file(path) | {"1.bias": torch.zeros(3)}, path)
+
+
+def quantised(path):
+    save_file(load_file(path) | {"1.bias": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
+
+
+def integers(path):
+    save_file(load_file(path) | {"1.bias": torch.zeros(2, dtype=torch.int8)}, path)
+
+
+def not_a_number(path):
+    save_file(load_file(path) | {"1.bias": torch.tensor([0, float("nan")])}, path)
+
+
+def infinite(path):
+    save_file(load_file(path) | {"1.bias": torch.tensor([0, float("-inf")])}, path)
+
+
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (Path.unlink, "is missing; fetch it"),
+        (cut_header, "damaged or no safetensors file; fetch it again"),
+        (cut_data, "damaged or no safetensors file; fetch it again"),
+        (pickled, "damaged or no safetensors file; fetch it again"),
+        (git_pointer, "damaged or no safetensors file; fetch it again"),
+        (nothing, "damaged or no safetensors file; fetch it again"),
+        (
+            another_network,
+            "5 names missing (0.bias, 0.weight, 1.bias, 1.weight, mean), 7 unexpected ("
+            + ", ".join(f"blocks.{i}.weight" for i in range(5))
+            + "); give the file",
+        ),
+        (another_shape, "1.bias has shape [3], the network wants [2]; give the file"),
+        (quantised, "1.bias is stored as F8_E4M3, a quantised or foreign copy; fetch the original"),
+        (integers, "1.bias is stored as I8, a quantised or foreign copy; fetch the original"),
+        (not_a_number, "1.bias holds values that are not finite in torch.float32; fetch the file"),
+        (infinite, "1.bias holds values that are not finite in torch.float32; fetch the file"),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_a_wrong_file_is_refused_in_one_line_and_nothing_is_assigned(path, damage, named):
+    """The line names the file, the tensor where it is one, and what to do."""
+    damage(path)
+    net = small(seed=1)
+    refused(net, path, str(path), named)
+
+
+@pytest.mark.parametrize("which", ["index", "first", "second"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut_data], ids=["missing", "cut"])
+def test_a_wrong_shard_is_refused_by_its_name(shards, which, damage):
+    parts = {"index": shards} | dict(
+        zip(("first", "second"), sorted(shards.parent.glob("small-*")), strict=True)
+    )
+    damage(parts[which])
+    refused(small(seed=1), shards, str(parts[which]), "fetch it")
+
+
+def test_a_tensor_in_two_files_is_refused(path, shards):
+    first = min(shards.parent.glob("small-*"))
+    refused(small(seed=1), [path, first], "0.bias is in", str(first), "give one of them")
+
+
+def refused(net, path, *named):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_weights(net, path)
+    message = str(caught.value)
+    assert "\n" not in message, message
+    for words in named:
+        assert words in message, f"not in the message: {words}\n{message}"
+    assert same(net, small(seed=1)), "a failed load may not touch the network"
+
+
+def test_a_failed_save_leaves_the_file_before_it(path):
+    """Metadata must be strings; whatever stops a save, no half file is left."""
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="metadata"):
+        save_weights(small(seed=1), path, torch.float32, {"steps": 4})
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_save_replaces_the_file_at_once(path):
+    """Whoever has the old file open goes on reading the old one, whole."""
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        save_weights(small(seed=1), path, torch.float32, {})
+        assert reader.read() == before
+    assert path.read_bytes() != before
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+LOAD = """
+import re, sys, torch
+from pathlib import Path
+from torch import nn
+from nets.weights import load_weights, save_weights
+
+def network(layers=32, width=2048):
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+
+def memory(which):  # VmRSS now, VmHWM at its highest, in bytes
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(which + r":\\s+(\\d+)", status).group(1))
+
+path = Path(sys.argv[2])
+if sys.argv[1] == "save":
+    save_weights(network(), path, torch.bfloat16, {})
+else:
+    with torch.device("meta"):
+        net = network()
+    before = memory("VmRSS")
+    load_weights(net, path)
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    print((memory("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory in Linux's way")
+def test_loading_takes_the_memory_of_the_network_and_one_tensor(tmp_path):
+    """512 MiB in fp32 from a bf16 file of 32 tensors: one more is 3%, half the file would be 25%.
+
+    Measured as the peak of a process of its own, so a few percent are Python's. (getrusage's peak
+    would begin at that of the process that started it.)
+    """
+    path = str(tmp_path / "half-a-gigabyte.safetensors")
+    for what in ("save", "load"):
+        run = [sys.executable, "-c", LOAD, what, path]
+        out = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert float(out) < 1.1, f"{float(out):.2f} times the network's own size"
