@@ -1,16 +1,21 @@
-"""Weights in and out: strict loading from one file or several, and what is refused."""
+"""Weights in and out: strict loading from one file or several, what is refused, and how the
+official files are found."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model import Flux, FluxConfig
+from nets import files
+from nets.files import OFFICIAL, find_files
 from nets.weights import load_weights, save_weights
 from schedule import Flow
 
@@ -272,3 +277,139 @@ def test_loading_takes_the_memory_of_the_network_and_one_tensor(tmp_path):
         run = [sys.executable, "-c", LOAD, what, path]
         out = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert float(out) < 1.1, f"{float(out):.2f} times the network's own size"
+
+
+# --- finding the official files ------------------------------------------------------------------
+
+PARTS = list(OFFICIAL["flux-dev"])
+LOOSE = ("flux1-dev.safetensors", "ae.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors")
+LOOSE += ("vocab.json", "merges.txt", "tokenizer.json")
+
+
+def fill(folder: Path, names) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def official(teacher: str = "flux-dev") -> list[str]:
+    return [file for part in OFFICIAL[teacher].values() for file in part.files]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(names): a cache that holds these files of FLUX.1-dev, and no connection."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(files, "hf_hub_download", raising(LocalEntryNotFoundError("no network")))
+    repo = tmp_path / "hub" / "models--black-forest-labs--FLUX.1-dev"
+
+    def cache(names):
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / "main").write_text("0" * 40)
+        return fill(repo / "snapshots" / ("0" * 40), names)
+
+    return cache
+
+
+def raising(error: Exception):
+    def download(repo: str, file: str):
+        raise error
+
+    return download
+
+
+@pytest.mark.parametrize("teacher", ["flux-dev", "flux-schnell"])
+def test_files_are_found_as_the_hub_lays_them_out(tmp_path, teacher):
+    found = find_files(teacher, PARTS, fill(tmp_path, official(teacher)))
+    assert found["transformer"] == [tmp_path / f"{teacher.replace('flux', 'flux1')}.safetensors"]
+    assert [path.name for path in found["t5"]] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert [path for part in found.values() for path in part] == [
+        tmp_path / name for name in official(teacher)
+    ]
+
+
+def test_files_are_found_loose(tmp_path):
+    found = find_files("flux-dev", PARTS, fill(tmp_path, LOOSE))
+    assert [path for part in found.values() for path in part] == [tmp_path / n for n in LOOSE]
+
+
+def test_a_folder_that_lacks_files_is_told_which_and_how_to_fetch_them(tmp_path, hub):
+    """Every one, with the names accepted; nothing is taken from elsewhere, though the cache has
+    it."""
+    hub(official())
+    fill(tmp_path / "w", ["ae.safetensors", "text_encoder_2/model-00001-of-00002.safetensors"])
+    with pytest.raises(FileNotFoundError) as caught:
+        find_files("flux-dev", ["transformer", "vae", "clip_l", "t5"], tmp_path / "w")
+    message = str(caught.value)
+    missing = ["flux1-dev.safetensors", "text_encoder/model.safetensors"]
+    missing += ["text_encoder_2/model-00002-of-00002.safetensors"]
+    assert "clip_l.safetensors" in message and "t5xxl_fp16.safetensors" in message
+    assert "00001" not in message and "ae.safetensors" not in message, "what is there is not named"
+    command = " ".join(missing)
+    assert f"hf download black-forest-labs/FLUX.1-dev {command} --local-dir {tmp_path}" in message
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--weights .*nowhere is no folder"):
+        find_files("flux-dev", PARTS, tmp_path / "nowhere")
+
+
+def test_the_hubs_cache_is_used_without_a_connection(hub):
+    snapshot = hub(official())
+    found = find_files("flux-dev", PARTS)
+    assert [path for part in found.values() for path in part] == [snapshot / n for n in official()]
+
+
+def test_what_the_cache_lacks_is_downloaded_and_nothing_else(hub, monkeypatch):
+    snapshot, asked = hub(official()[1:]), []
+    monkeypatch.setattr(
+        files, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or hub([file])
+    )
+    find_files("flux-dev", PARTS)
+    assert asked == [("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors")]
+    assert (snapshot / "flux1-dev.safetensors").is_file()
+
+
+def test_without_a_connection_all_that_is_missing_is_listed(hub):
+    hub(["ae.safetensors"])
+    with pytest.raises(FileNotFoundError) as caught:
+        find_files("flux-dev", PARTS)
+    message = str(caught.value)
+    missing = [name for name in official() if name != "ae.safetensors"]
+    assert ", ".join(missing) in message and "\n" not in message
+    command = " ".join(missing)
+    assert f"hf download black-forest-labs/FLUX.1-dev {command} --local-dir DIR" in message
+
+
+def test_offline_mode_says_the_same(tmp_path):
+    """huggingface_hub's own switch, in a process of its own, with an empty cache."""
+    code = "from nets.files import find_files; find_files('flux-schnell', ['vae', 't5_tokenizer'])"
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=env)
+    last = run.stderr.decode().strip().splitlines()[-1]
+    assert last.startswith("FileNotFoundError: ") and "FLUX.1-schnell ae.safetensors" in last, last
+
+
+def answer(status: int):
+    """The hub's response with this status, of whichever HTTP library the hub's client uses."""
+    response = type("Response", (), {"status_code": status, "headers": {}, "request": None})
+    return response()
+
+
+@pytest.mark.parametrize("how", ["named", "as a cause"])
+def test_a_gated_repository_says_how_to_get_in(hub, monkeypatch, how):
+    """The licence's page and the command for a token; the hub's client has two ways to say it."""
+    error = GatedRepoError("403 Client Error", response=answer(403))
+    if how == "as a cause":
+        outer = LocalEntryNotFoundError("cannot find the requested files")
+        outer.__cause__ = error
+        error = outer
+    monkeypatch.setattr(files, "hf_hub_download", raising(error))
+    with pytest.raises(PermissionError) as caught:
+        find_files("flux-dev", PARTS)
+    for words in ("https://huggingface.co/black-forest-labs/FLUX.1-dev", "`hf auth login`"):
+        assert words in str(caught.value)

@@ -1,0 +1,151 @@
+"""Where the official files are: in a folder, in the hub's cache, or on the hub.
+
+OFFICIAL     per teacher and part: the repository, its files, and other names they go by
+find_files   the paths of the parts asked for, or one error for all that is missing
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network's weights, or one tokenizer."""
+
+    repo: str
+    files: tuple[str, ...]  # all of these, as in the repository ...
+    others: tuple[tuple[str, ...], ...] = ()  # ... or all of one of these, in a folder only
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def flux(repo: str, transformer: str) -> dict[str, Part]:
+    return {
+        "transformer": Part(repo, (transformer,)),
+        "vae": Part(repo, ("ae.safetensors",)),
+        "clip_l": Part(repo, ("text_encoder/model.safetensors",), (("clip_l.safetensors",),)),
+        "t5": Part(
+            repo,
+            (
+                "text_encoder_2/model-00001-of-00002.safetensors",
+                "text_encoder_2/model-00002-of-00002.safetensors",
+            ),
+            (("t5xxl_fp16.safetensors",),),
+        ),
+        "clip_tokenizer": Part(
+            repo, ("tokenizer/vocab.json", "tokenizer/merges.txt"), (("vocab.json", "merges.txt"),)
+        ),
+        "t5_tokenizer": Part(repo, ("tokenizer_2/tokenizer.json",), (("tokenizer.json",),)),
+    }
+
+
+OFFICIAL = {
+    "flux-dev": flux("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
+    "flux-schnell": flux("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors"),
+}
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def find_files(
+    teacher: str, parts: Iterable[str], weights: Path | None = None
+) -> dict[str, list[Path]]:
+    """Per part its files, in the table's order.
+
+    weights: a folder, and then nothing is looked for elsewhere; None: the hub's cache, and what is
+    not there is downloaded. Raises FileNotFoundError, or PermissionError for a gated repository.
+    """
+    wanted = {name: OFFICIAL[teacher][name] for name in parts}
+    if weights is None:
+        return from_hub(wanted)
+    if not weights.is_dir():
+        raise FileNotFoundError(f"--weights {weights} is no folder; give the one with the files")
+    found = {name: in_folder(part, weights) for name, part in wanted.items()}
+    lacking = [part for name, part in wanted.items() if not found[name]]
+    if lacking:
+        names = [accepted(part, weights) for part in lacking]
+        files = [(part.repo, file) for part in lacking for file in absent(part, weights)]
+        raise FileNotFoundError(
+            f"{weights} lacks {', '.join(names)}; fetch with: {fetch(files, weights)}"
+        )
+    return found
+
+
+def absent(part: Part, folder: Path) -> list[str]:
+    return [file for file in part.files if not (folder / file).is_file()]
+
+
+def in_folder(part: Part, folder: Path) -> list[Path]:
+    """The files under the first names that are all there; none if no such names."""
+    for names in (part.files, *part.others):
+        if all((folder / name).is_file() for name in names):
+            return [folder / name for name in names]
+    return []
+
+
+def accepted(part: Part, folder: Path) -> str:
+    """What is missing of a part, and the other names it may have."""
+    others = "".join(f" (or {' and '.join(names)})" for names in part.others)
+    return " and ".join(absent(part, folder)) + others
+
+
+def fetch(files: Iterable[tuple[str, str]], folder: Path | str) -> str:
+    """The command that fetches (repository, file) pairs into a folder."""
+    by_repo: dict[str, list[str]] = {}
+    for repo, file in files:
+        by_repo.setdefault(repo, []).append(file)
+    return " && ".join(
+        f"hf download {repo} {' '.join(names)} --local-dir {folder}"
+        for repo, names in by_repo.items()
+    )
+
+
+def cached(repo: str, file: str) -> bool:
+    return isinstance(try_to_load_from_cache(repo, file), str)  # else None, or "known not to exist"
+
+
+def from_hub(wanted: dict[str, Part]) -> dict[str, list[Path]]:
+    """Out of the cache where all is there, without a connection; else downloaded into it."""
+    every = [(part.repo, file) for part in wanted.values() for file in part.files]
+    for repo, file in every:
+        if cached(repo, file):
+            continue
+        try:
+            hf_hub_download(repo, file)
+        except (HfHubHTTPError, EntryNotFoundError, ConnectionError) as error:
+            missing = [(repo, file) for repo, file in every if not cached(repo, file)]
+            raise explain(error, repo, missing) from None
+    return {
+        name: [Path(try_to_load_from_cache(part.repo, file)) for file in part.files]
+        for name, part in wanted.items()
+    }
+
+
+def explain(error: Exception, repo: str, missing: list[tuple[str, str]]) -> OSError:
+    """What to do when the hub gave no file: get access, or bring the files another way."""
+    command = fetch(missing, "DIR")
+    if no_access(error):
+        return PermissionError(
+            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, run "
+            f"`hf auth login`, then start again, or {command} and give --weights DIR"
+        )
+    files = ", ".join(file for _, file in missing)
+    return FileNotFoundError(
+        f"neither in the hub's cache nor to be had from the hub ({type(error).__name__}): {files}; "
+        f"where there is a connection, {command}, then give --weights DIR"
+    )
+
+
+def no_access(error: Exception | None) -> bool:
+    """The hub answered 401 or 403 (its own wording may be the cause of another error)."""
+    if isinstance(error, RepositoryNotFoundError):  # also what it calls a gated one
+        return True
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in (401, 403)
+    return error is not None and no_access(error.__cause__)
