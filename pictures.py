@@ -1,7 +1,15 @@
-"""What a run shows: PNGs with their settings, teacher and student side by side, learning curves."""
+"""What a run shows, as PNGs.
+
+save_png            one image, with its settings
+side_by_side        captions, and samples in columns
+exam_pictures       teacher and student from the same noise
+curves              losses and exams over a run
+points_and_graphs   the toy's: points in the plane, then graphs
+"""
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -100,4 +108,51 @@ def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None
             axis.legend()
     axes.flat[-1].axis("off")
     figure.savefig(path, dpi=75)
+    plt.close(figure)
+
+
+@dataclass
+class Graph:
+    title: str
+    xlabel: str
+    scale: str  # of the y axis: "linear" | "log" | "symlog"
+    lines: dict[str, tuple[list, list]]  # label -> x (N,), y (runs, N): mean, and band over runs
+
+
+def points_and_graphs(
+    path: Path, panels: dict[str, tuple[np.ndarray, np.ndarray]], graphs: list[Graph]
+) -> None:
+    """panels: title -> wanted points (grey) and made ones, (N, 2) each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = next(n for n in (5, 4, 7, 3, 2, 1) if len(panels) % n == 0)
+    rows = len(panels) // columns
+    figure = plt.figure(figsize=(2.6 * columns, 2.6 * rows + 3.4), constrained_layout=True)
+    above, below = figure.subfigures(2, 1, height_ratios=(2.6 * rows, 3.4))
+    places = above.subplots(rows, columns, squeeze=False).flat
+    for (title, (wanted, made)), axis in zip(panels.items(), places, strict=True):
+        middle = wanted.mean(0)
+        outside = (np.abs(made - middle).max(1) > 3).mean()
+        axis.scatter(*wanted.T, s=1, color="0.8")
+        axis.scatter(*made.T, s=1, color="C0")
+        axis.set(xlim=(middle[0] - 3, middle[0] + 3), ylim=(middle[1] - 3, middle[1] + 3))
+        axis.set(xticks=[], yticks=[], aspect="equal")
+        lost = f"\n{100 * outside:.0f} % not in sight" if outside > 0.005 else ""
+        axis.set_title(title + lost, fontsize=9)
+    for graph, axis in zip(graphs, below.subplots(1, len(graphs), squeeze=False).flat, strict=True):
+        for label, (x, runs) in graph.lines.items():
+            y = np.array(runs)
+            (line,) = axis.plot(x, y.mean(0), label=label, marker="." if len(x) < 8 else None)
+            axis.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
+        axis.set_yscale(graph.scale)
+        axis.set(title=graph.title, xlabel=graph.xlabel)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(graph.lines) > 6 else {}
+        axis.legend(fontsize=7, **beside)
+    figure.set_dpi(70)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
+    Image.fromarray(np.ascontiguousarray(pixels)).quantize(128).save(path, optimize=True)
     plt.close(figure)

@@ -14,6 +14,7 @@ import evaluate
 import measures
 import model
 import sample
+import toy
 import train
 from config import TEACHERS, Config, differences, field_comments, resolve
 from model import build, load_teacher
@@ -250,3 +251,29 @@ def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_p
     (tmp_path / "teacher_samples.npz").write_bytes(b"PK not a zip")
     monkeypatch.setattr(measures, "ASSETS", tmp_path)
     refused(command(evaluate, "--student", student), "teacher_samples.npz", "pretrain.py samples")
+
+
+# --- toy.py --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["idea"], 'unknown scenario "idea"; choose from all, ida, isg'),
+        (["ida", "--seeds", "0"], "--seeds is 0"),
+        (["ida", "--seedz", "1"], "--seedz"),
+        (["ida", "--out", "/proc/toy"], "/proc/toy"),
+    ],
+)
+def test_toy_refuses_what_cannot_be(command, flags, named):
+    refused(command(toy, *flags), "toy.py: ", named)
+
+
+def test_toy_prints_a_table_and_draws_a_picture(command, tmp_path):
+    code, out, err = command(toy, "ida", "--seeds", 1, "--out", tmp_path)
+    assert code == 0, err
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "1 of 1" in rows["IDA"], "IDA should have the smaller distance"
+    assert "data against data" in out and "seconds" in out
+    with Image.open(tmp_path / "ida.png") as picture:
+        assert picture.width > 600 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
