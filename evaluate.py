@@ -19,8 +19,8 @@ import torch
 
 from config import TEACHERS, Parser, refuse
 from measures import COLUMNS, Exam, exam_table, format_table
-from model import load_denoiser, load_student, load_teacher
 from pictures import exam_pictures
+from teachers import load_denoiser, load_student, load_teacher
 
 
 def summary(runs: list[Path]) -> str:

@@ -13,14 +13,11 @@ B batch, C H W latent, P patch, L image tokens, T text tokens, D width, N heads.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nets.text import SceneText
-from nets.weights import load_weights, read_metadata
 from schedule import Cond, Flow
 
 
@@ -509,52 +506,3 @@ def silence_guidance(net: Flux) -> None:
         net.guidance_in.requires_grad_(False)
         for parameter in net.guidance_in.out_layer.parameters():
             parameter.zero_()
-
-
-# --- by name -------------------------------------------------------------------------------------
-
-SIZES = {
-    "digits": MMDiTConfig(
-        patch=4,
-        channels=3,
-        width=96,
-        depth=5,
-        heads=3,
-        context_width=SceneText.context_width,
-        pooled_width=SceneText.pooled_width,
-        table=4,
-    ),
-    "flux-dev": FluxConfig(guidance=True),
-    "flux-schnell": FluxConfig(guidance=False),
-}
-FILES = {"digits": Path(__file__).parent / "assets" / "teacher.safetensors"}
-
-
-def build(teacher: str, shift: float) -> MMDiT | Flux:
-    """A teacher's network, weights not set."""
-    cfg = SIZES[teacher]
-    if isinstance(cfg, FluxConfig):
-        return Flux(cfg, Flow(shift))
-    return MMDiT(cfg, Flow(shift))
-
-
-def load_denoiser(teacher: str, shift: float, path: Path) -> MMDiT | Flux:
-    """A teacher's network with the weights of a file, in fp32.
-
-    Raises ValueError or FileNotFoundError.
-    """
-    with torch.device("meta"):
-        net = build(teacher, shift)
-    return load_weights(net, path)
-
-
-def load_teacher(teacher: str, shift: float) -> MMDiT | Flux:
-    return load_denoiser(teacher, shift, FILES[teacher])
-
-
-def load_student(path: Path) -> tuple[MMDiT | Flux, dict]:
-    """A student saved by train.py, and its metadata: teacher, taus, steps, sampler, shift."""
-    about = read_metadata(path)
-    if about.get("teacher") not in SIZES:
-        raise ValueError(f"{path} is not a student saved by train.py: it does not name its teacher")
-    return load_denoiser(about["teacher"], float(about["shift"]), path), about

@@ -27,11 +27,12 @@ from config import TEACHERS, Parser
 from data import ASSETS, DigitScenes, Scenes
 from ida import ida_update
 from measures import Exam, read_scene, to_uint8
-from model import MMDiT, build, load_teacher
+from model import MMDiT
 from nets.text import SceneText
 from nets.vision import DIGITS_VIT, Judge, ViT
 from nets.weights import save_weights
 from schedule import generator, grid
+from teachers import build, load_teacher
 
 SEED = 0
 

@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from config import TEACHERS, Parser, refuse
-from model import load_student, load_teacher
 from nets.text import SceneText
 from nets.vae import Pixels
 from pictures import save_png
 from schedule import draw_samples, generator, grid, normal
+from teachers import load_student, load_teacher
 
 
 def arguments() -> argparse.Namespace:

@@ -34,13 +34,13 @@ from dmd import dmd_loss, fake_loss, student_input
 from ida import ida_update
 from isg import isg_loss
 from measures import Exam, exam_table, format_table
-from model import load_teacher
 from nets.text import SceneText
 from nets.vae import Pixels
 from nets.vision import load_backbone
 from nets.weights import save_weights
 from pictures import curves, exam_pictures
 from schedule import Cond, Rng, generator, grid
+from teachers import load_teacher
 
 
 @dataclass

@@ -12,14 +12,14 @@ from PIL import Image
 import data
 import evaluate
 import measures
-import model
 import sample
+import teachers
 import toy
 import train
 from config import TEACHERS, Config, differences, field_comments, resolve
-from model import build, load_teacher
 from nets import vision
 from nets.weights import load_weights, save_weights
+from teachers import build, load_teacher
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, dam
     shutil.copytree(vision.ASSETS, copies)
     for module in (data, measures, vision):
         monkeypatch.setattr(module, "ASSETS", copies)
-    monkeypatch.setitem(model.FILES, "digits", copies / "teacher.safetensors")
+    monkeypatch.setitem(teachers.EMBEDDED, "transformer", [copies / "teacher.safetensors"])
     (broken,) = copies.glob(f"{name}.[ns]*")
     whole = broken.read_bytes()
     broken.unlink()

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from model import Flux, FluxConfig, attention, build, kept_rotations, rotate, silence_guidance
+from model import Flux, FluxConfig, attention, kept_rotations, rotate, silence_guidance
 from nets.weights import read_metadata, save_weights
 from schedule import Flow, guided
+from teachers import build
 
 HERE = Path(__file__).parent
 TINY = FluxConfig(  # one block of each kind

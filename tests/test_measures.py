@@ -16,11 +16,11 @@ from measures import (
     recall,
     to_uint8,
 )
-from model import load_teacher
 from nets.text import SceneText
 from nets.vision import Verdict
 from pictures import exam_pictures
 from schedule import grid
+from teachers import load_teacher
 
 TOKENS = SceneText().tokens
 

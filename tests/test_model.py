@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import MMDiT, MMDiTConfig, attention, build, load_student, load_teacher
+from model import MMDiT, MMDiTConfig, attention
 from nets.text import SceneText
 from nets.weights import save_weights
 from schedule import Flow
+from teachers import build, load_student, load_teacher
 
 SIZE = MMDiTConfig(2, 4, 48, 3, 3, context_width=40, pooled_width=24, table=9, dual_blocks=2)
 PREFIX = "weights/model.diffusion_model."

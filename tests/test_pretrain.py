@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import pretrain
-from model import build
 from nets.vision import DIGITS_VIT, Judge, ViT
 from nets.weights import load_weights, read_metadata
+from teachers import build
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from torch import nn
 import train
 from config import resolve
 from data import DigitScenes
-from model import load_student
 from nets.text import SceneText
 from nets.weights import digest
+from teachers import load_student
 from train import build_learners, build_nets, load_batch, lr_factor, train_step
 
 ROOT = Path(__file__).parent.parent
