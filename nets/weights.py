@@ -1,7 +1,8 @@
 """Weights in, weights out: safetensors only, strict, one tensor at a time.
 
-load_weights   into a network built on any device, "meta" included; one file, or the shards of one
-save_weights   written beside the target and renamed, so a reader never sees half a file
+load_weights    into a network built on any device, "meta" included; one file, or the shards of one
+save_weights    written beside the target and renamed, so a reader never sees half a file
+merge_weights   the same into a copy of a file that holds other networks too
 read_metadata, digest
 
 A load is all or nothing: names and shapes are compared first, then every tensor is read, cast and
@@ -12,7 +13,7 @@ the memory of the network and of one more tensor.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+MAPPED = 2**23  # bytes read through one mapping
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -80,36 +82,80 @@ def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -
         )
 
 
-def compare_form(name: str, shape: Sequence[int], path: Path) -> None:
-    """A tensor of the file has the shape wanted, and floating-point numbers."""
+def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Each tensor of the file has the shape wanted, and floating-point numbers."""
     with open_weights(path) as file:
-        stored = file.get_slice(name)
-    if stored.get_shape() != list(shape):
-        raise ValueError(
-            f"{path}: {name} has shape {stored.get_shape()}, the network wants {list(shape)}; "
-            f"give the file of this network"
-        )
-    if stored.get_dtype() not in FLOATS:
-        raise ValueError(
-            f"{path}: {name} is stored as {stored.get_dtype()}, a quantised or foreign copy; "
-            f"fetch the original file, which has {', '.join(FLOATS)}"
-        )
+        for name, tensor in wanted.items():
+            stored = file.get_slice(name)
+            if stored.get_shape() != list(tensor.shape):
+                raise ValueError(
+                    f"{path}: {name} has shape {stored.get_shape()}, "
+                    f"the network wants {list(tensor.shape)}; give the file of this network"
+                )
+            if stored.get_dtype() not in FLOATS:
+                raise ValueError(
+                    f"{path}: {name} is stored as {stored.get_dtype()}, a quantised or foreign "
+                    f"copy; fetch the original file, which has {', '.join(FLOATS)}"
+                )
 
 
-def read_tensor(name: str, path: Path, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """One tensor, cast to `dtype`, finite.
+def read_tensors(
+    names: Collection[str], path: Path, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Tensors of one file, cast to `dtype`, finite.
 
-    Through a mapping of its own: the pages of a mapping count as memory until it is closed. And
-    copied, so that no tensor depends on a file that may be replaced.
+    Through many mappings: the pages of a mapping count as memory until it is closed. And copied, so
+    that no tensor depends on a file that may be replaced.
     """
-    with open_weights(path) as file:
-        tensor = file.get_tensor(name).to(device, dtype, copy=True)
+    tensors, waiting = {}, list(reversed(names))
+    while waiting:
+        with open_weights(path) as file:
+            read = 0
+            while waiting and read < MAPPED:
+                name = waiting.pop()
+                stored = file.get_tensor(name)
+                read += stored.nbytes
+                tensors[name] = stored.to(device, dtype, copy=True)
+                check_finite(tensors[name], name, path)
+    return tensors
+
+
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
     low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(
-            f"{path}: {name} holds values that are not finite in {dtype}; fetch the file again"
+            f"{path}: {name} holds values that are not finite in {tensor.dtype}; "
+            "fetch the file again"
         )
-    return tensor
+
+
+def read_weights(
+    wanted: Mapping[str, Tensor],
+    path: Path | Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prefix: str = "",
+    ignore: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """The file's tensors, cast to `dtype`; its names and shapes must be those of `wanted`.
+
+    path: a file, an index of shards, or a list of files. prefix: what precedes this network's names
+    in a file that holds several networks; the others are not looked at. ignore: whole names, prefix
+    included, of what is in the file and no weight. Raises ValueError or FileNotFoundError.
+    """
+    paths = [path] if isinstance(path, Path) else list(path)
+    if paths[0].name.endswith(".index.json"):
+        paths = shards(paths[0])
+    wanted = {prefix + name: tensor for name, tensor in wanted.items()}
+    found = places(paths, prefix)
+    compare_names(wanted, found.keys() - set(ignore), paths[0])
+    by_file = {file: [name for name in wanted if found[name] == file] for file in paths}
+    for file, names in by_file.items():
+        compare_forms({name: wanted[name] for name in names}, file)
+    tensors = {}
+    for file, names in by_file.items():
+        tensors |= read_tensors(names, file, dtype, device)
+    return {name.removeprefix(prefix): tensors[name] for name in wanted}
 
 
 def load_weights(
@@ -120,22 +166,10 @@ def load_weights(
     prefix: str = "",
     ignore: Collection[str] = (),
 ) -> nn.Module:
-    """Assigns each tensor of the file, cast to `dtype`. Raises ValueError or FileNotFoundError.
-
-    path: a file, an index of shards, or a list of files. prefix: what precedes this network's names
-    in a file that holds several networks. ignore: names in the file of what is no weight.
-    """
-    paths = [path] if isinstance(path, Path) else list(path)
-    if paths[0].name.endswith(".index.json"):
-        paths = shards(paths[0])
-    wanted = {prefix + name: tensor for name, tensor in net.state_dict().items()}
-    found = places(paths, prefix)
-    compare_names(wanted, found.keys() - set(ignore), paths[0])
-    for name, tensor in wanted.items():
-        compare_form(name, tensor.shape, found[name])
-    tensors = {name: read_tensor(name, found[name], dtype, device) for name in wanted}
+    """Assigns each tensor of the file, cast to `dtype`; see `read_weights`."""
+    tensors = read_weights(net.state_dict(), path, dtype, device, prefix, ignore)
     for name, tensor in tensors.items():
-        assign(net, name.removeprefix(prefix), tensor)
+        assign(net, name, tensor)
     return net
 
 
@@ -159,12 +193,39 @@ def read_metadata(path: Path) -> dict[str, str]:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def save_weights(net: nn.Module, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Every tensor in `dtype`, in the order of names, as in the official files."""
+def save_weights(
+    net: nn.Module, path: Path, dtype: torch.dtype, metadata: dict[str, str], prefix: str = ""
+) -> None:
+    """Every tensor in `dtype`, in the order of names, as in the official files.
+
+    prefix: what precedes the names in a file that holds several networks.
+    """
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
+        prefix + name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in net.state_dict().items()
     }
+    write(tensors, path, metadata)
+
+
+def merge_weights(
+    net: nn.Module, path: Path, base: Path, metadata: dict[str, str], prefix: str
+) -> None:
+    """A copy of the file `base` with the network under `prefix` replaced by this one.
+
+    Each tensor keeps the dtype it has there, so names, dtypes, shapes and order are those of
+    `base`.
+    """
+    ours = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    compare_names(ours, places([base], prefix), base)
+    compare_forms(ours, base)
+    with open_weights(base) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in ours.items():
+        tensors[name] = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
+    write(tensors, path, metadata)
+
+
+def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         save_file(tensors, part, metadata=metadata)
