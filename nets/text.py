@@ -3,9 +3,10 @@
     SceneText       the embedded task: five word slots, each a one-hot vector (no weights)
     clip_tokenizer  from the official vocab.json and merges.txt
     t5_tokenizer    from the official tokenizer.json
-    CLIP            the text encoders CLIP-L and CLIP-G, with the Hugging Face tensor names
     T5              the encoder of T5 v1.1, with the Hugging Face tensor names
     FluxText        FLUX.1: T5's state of every token, and CLIP-L's one vector
+    SDXLText        SDXL: both CLIPs' states of every token, CLIP-G's one vector, sizes
+    SD15Text        SD 1.5: CLIP-L's state of every token
 
 A caption of the embedded task is `a [colour] (digit | "digit") (left of | above | and) a [colour]
 (digit | "digit")`. The tokenizer turns it into five ids (colour, digit, relation, colour, digit); a
@@ -17,7 +18,6 @@ trained on text that attends to it.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+
+from nets.clip import CLIP, CLIP_LENGTH
+from nets.layers import per_head, time_embedding
 
 # --- the embedded task ---------------------------------------------------------------------------
 
@@ -120,7 +123,6 @@ class SceneText(nn.Module):
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
-CLIP_LENGTH = 77  # tokens, with the two special ones
 T5_LENGTH = {"flux-dev": 512, "flux-schnell": 256}
 T5_END = 1  # the id of </s>
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -195,112 +197,6 @@ def fixed_length(tokenizer: Tokenizer, length: int, pad: int) -> Tokenizer:
 def token_ids(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
     """(B, T)."""
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(captions)])
-
-
-# --- CLIP ----------------------------------------------------------------------------------------
-
-
-def per_head(x: Tensor, heads: int) -> Tensor:
-    """(B, T, D) -> (B, N, T, D / N)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    width: int
-    depth: int
-    heads: int
-    hidden: int  # of the MLP
-    activation: Callable[[Tensor], Tensor]
-    projected: bool  # the pooled output goes through text_projection
-    length: int = CLIP_LENGTH
-    vocabulary: int = 49408
-
-
-CLIP_L = CLIPConfig(768, 12, 12, 3072, quick_gelu, projected=False)
-CLIP_G = CLIPConfig(1280, 32, 20, 5120, F.gelu, projected=True)
-
-
-class CLIPAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (per_head(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-
-class CLIPMLP(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class CLIPBlock(nn.Module):
-    def __init__(self, cfg: CLIPConfig):
-        super().__init__()
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
-        self.self_attn = CLIPAttention(cfg.width, cfg.heads)
-        self.mlp = CLIPMLP(cfg.width, cfg.hidden, cfg.activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class CLIP(nn.Module):
-    """CLIP's text encoder: causal, so that the end token has read the whole prompt."""
-
-    def __init__(self, cfg: CLIPConfig):
-        super().__init__()
-        self.cfg = cfg
-        embeddings = {
-            "token_embedding": nn.Embedding(cfg.vocabulary, cfg.width),
-            "position_embedding": nn.Embedding(cfg.length, cfg.width),
-        }
-        layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.depth))
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": layers}),
-                "final_layer_norm": nn.LayerNorm(cfg.width),
-            }
-        )
-        if cfg.projected:
-            self.text_projection = nn.Linear(cfg.width, cfg.width, bias=False)
-
-    def states(self, ids: Tensor) -> list[Tensor]:
-        """ids (B, T) -> the embeddings, then what each block makes of them, (B, T, D) each."""
-        embeddings = self.text_model.embeddings
-        x = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
-        states = [x]
-        for block in self.text_model.encoder.layers:
-            states.append(block(states[-1]))
-        return states
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (B, T) -> last (B, T, D), penultimate (B, T, D), pooled (B, D).
-
-        last: the last block's output after the final norm; penultimate: the last block but one's,
-        without it; pooled: `last` at the end token (the largest id, its first place), projected in
-        CLIP-G.
-        """
-        *_, penultimate, x = self.states(ids)
-        last = self.text_model.final_layer_norm(x)
-        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
-        return last, penultimate, self.text_projection(pooled) if self.cfg.projected else pooled
 
 
 # --- T5 ------------------------------------------------------------------------------------------
@@ -436,3 +332,84 @@ class FluxText(nn.Module):
     @torch.no_grad()  # the encoders are never trained
     def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         return self.encode(*(ids.to(device) for ids in self.tokens(captions)))
+
+
+# --- SDXL ----------------------------------------------------------------------------------------
+
+SDXL_SIZES = (1024, 1024, 0, 0, 1024, 1024)  # an image of the trained size, whole
+
+
+def size_embedding(sizes: Tensor, dim: int = 256) -> Tensor:
+    """SDXL's micro-conditioning, sizes (B, 6) in pixels -> (B, 6 dim), in fp32.
+
+    Of the image: original height and width, the crop's top and left; of what is drawn: height and
+    width.
+    """
+    return time_embedding(sizes.flatten().float(), dim).unflatten(0, sizes.shape).flatten(1)
+
+
+class SDXLText(nn.Module):
+    """Prompts as SDXL reads them.
+
+    context (B, 77, 2048): the penultimate states of CLIP-L (768) and CLIP-G (1280); pooled
+    (B, 2816): CLIP-G's projected vector (1280), then the embedded sizes. The empty prompt is zeros,
+    but for its sizes. Both in the dtype of the encoders' weights.
+    """
+
+    def __init__(self, clip_l: CLIP, clip_g: CLIP, tokenizer_l: Tokenizer, tokenizer_g: Tokenizer):
+        """tokenizer_g fills up with 0."""
+        super().__init__()
+        self.clip_l, self.clip_g = clip_l, clip_g
+        self.tokenizer_l, self.tokenizer_g = tokenizer_l, tokenizer_g
+
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """CLIP-L's ids and CLIP-G's, (B, 77) each."""
+        return token_ids(self.tokenizer_l, captions), token_ids(self.tokenizer_g, captions)
+
+    def encode(self, ids_l: Tensor, ids_g: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """Token ids, and sizes (B, 6) as in `size_embedding` -> cond."""
+        _, states_l, _ = self.clip_l(ids_l)
+        _, states_g, pooled = self.clip_g(ids_g)
+        context = torch.cat([states_l, states_g], dim=-1)
+        empty = (ids_l.argmax(dim=1) == 1)[:, None]  # the end token follows the start
+        context, pooled = context.masked_fill(empty[:, None], 0), pooled.masked_fill(empty, 0)
+        embedded = size_embedding(sizes).to(pooled.dtype)
+        return {"context": context, "pooled": torch.cat([pooled, embedded], dim=-1)}
+
+    @torch.no_grad()  # the encoders are never trained
+    def forward(
+        self,
+        captions: list[str],
+        device: torch.device | str = "cpu",
+        sizes: Tensor | tuple[int, ...] = SDXL_SIZES,
+    ) -> dict[str, Tensor]:
+        """sizes: (B, 6), or (6,) for all."""
+        sizes = torch.as_tensor(sizes).expand(len(captions), 6).to(device)
+        return self.encode(*(ids.to(device) for ids in self.tokens(captions)), sizes)
+
+
+# --- SD 1.5 --------------------------------------------------------------------------------------
+
+
+class SD15Text(nn.Module):
+    """Prompts as SD 1.5 reads them.
+
+    context (B, 77, 768): CLIP-L's last state, after the final norm, in the dtype of its weights.
+    The empty prompt is encoded like any other.
+    """
+
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer):
+        super().__init__()
+        self.clip, self.tokenizer = clip, tokenizer
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """CLIP's ids (B, 77)."""
+        return token_ids(self.tokenizer, captions)
+
+    def encode(self, ids: Tensor) -> dict[str, Tensor]:
+        """Token ids -> cond."""
+        return {"context": self.clip(ids)[0]}
+
+    @torch.no_grad()  # the encoder is never trained
+    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return self.encode(self.tokens(captions).to(device))

@@ -5,26 +5,35 @@ implementation; their fp32 agreement among themselves is 3e-6, a wrong formula i
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from nets.text import (
+from nets.clip import (
     CLIP,
     CLIP_G,
     CLIP_L,
+    CLIPConfig,
+    from_open_clip,
+    load_open_clip,
+    quick_gelu,
+    to_open_clip,
+)
+from nets.text import (
     T5,
     T5_XXL,
-    CLIPConfig,
     FluxText,
+    SD15Text,
+    SDXLText,
     T5Config,
     clip_tokenizer,
-    quick_gelu,
     relative_buckets,
+    size_embedding,
     t5_tokenizer,
     token_ids,
 )
@@ -47,9 +56,8 @@ def read_golden(name):
     return tensors, weights, size
 
 
-def make_clip(name):
-    golden, weights, size = read_golden(name)
-    cfg = CLIPConfig(
+def clip_config(size):
+    return CLIPConfig(
         size["hidden_size"],
         size["num_hidden_layers"],
         size["num_attention_heads"],
@@ -59,7 +67,11 @@ def make_clip(name):
         size["max_position_embeddings"],
         size["vocab_size"],
     )
-    net = CLIP(cfg).requires_grad_(False)
+
+
+def make_clip(name):
+    golden, weights, size = read_golden(name)
+    net = CLIP(clip_config(size)).requires_grad_(False)
     net.load_state_dict(weights)  # strict: official names, none missing, none left over
     return net, golden
 
@@ -98,6 +110,55 @@ def test_clip_equals_the_reference(name, pooled_name):
     close(last, golden["outputs/last_hidden_state"])
     close(penultimate, golden["outputs/penultimate"])
     close(pooled, golden[f"outputs/{pooled_name}"])
+
+
+OPEN_CLIP = "conditioner.embedders.1.model."
+
+
+def test_clip_with_open_clips_names_equals_the_reference(tmp_path):
+    """As SDXL's file has CLIP-G: q, k, v are one tensor, the projection is transposed, the scale of
+    the contrastive loss is no weight. The outputs are those of the other names, bit for bit."""
+    golden, weights, size = read_golden("clip_g_open_clip")
+    path, ignore = tmp_path / "clip_g.safetensors", [OPEN_CLIP + "logit_scale"]
+    save_file(weights, path)
+    with torch.device("meta"):
+        net = CLIP(clip_config(size))
+    load_open_clip(net, path, prefix=OPEN_CLIP, ignore=ignore)
+    other, _ = make_clip("clip_g_hf")
+    ids = golden["inputs/input_ids"]
+    for i, state in enumerate(net.states(ids)):
+        close(state, golden[f"outputs/hidden_states.{i}"])
+    for got, same, name in zip(
+        net(ids), other(ids), ["last_hidden_state", "penultimate", "text_embeds"], strict=True
+    ):
+        close(got, golden[f"outputs/{name}"])
+        assert torch.equal(got, same)
+
+
+def test_open_clips_names_and_back_is_the_identity():
+    net, _ = make_clip("clip_g_hf")
+    state, depth = net.state_dict(), net.cfg.depth
+    there = to_open_clip(state, depth)
+    back = from_open_clip(there, depth)
+    assert back.keys() == state.keys() and len(there) < len(state)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_a_file_with_other_names_than_open_clips_is_refused(tmp_path):
+    """Strict: one tensor too few, one too many, and nothing is assigned."""
+    _, weights, size = read_golden("clip_g_open_clip")
+    path, name = tmp_path / "clip_g.safetensors", OPEN_CLIP + "transformer.resblocks.1.ln_1.bias"
+    net = CLIP(clip_config(size))
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    for wrong, words in [
+        ({key: tensor for key, tensor in weights.items() if key != name}, "1 names missing"),
+        (weights | {OPEN_CLIP + "visual.proj": torch.zeros(1)}, "1 unexpected"),
+        (weights | {name: torch.zeros(3)}, r"ln_1.bias has shape \[3\]"),
+    ]:
+        save_file(wrong, path)
+        with pytest.raises(ValueError, match=words):
+            load_open_clip(net, path, prefix=OPEN_CLIP, ignore=[OPEN_CLIP + "logit_scale"])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
 
 
 def test_t5_equals_the_reference(t5):
@@ -361,3 +422,109 @@ def test_a_prompt_is_read_alike_alone_and_among_others(text):
         assert not torch.allclose(tensor[0], tensor[1], atol=1e-3)
         for b, prompt in enumerate(prompts):
             close(text([prompt])[name], tensor[b : b + 1])
+
+
+# --- SDXL, SD 1.5 --------------------------------------------------------------------------------
+
+PROMPTS = ["a photo of a cat", "", "hello world"]
+
+
+@pytest.fixture(scope="module")
+def sdxl(clip_files):
+    torch.manual_seed(0)
+    clip_l = CLIP(CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False))
+    clip_g = CLIP(CLIPConfig(20, 3, 2, 24, F.gelu, projected=True))
+    return SDXLText(clip_l, clip_g, clip_tokenizer(*clip_files), clip_tokenizer(*clip_files, 0))
+
+
+@pytest.fixture(scope="module")
+def sd15(clip_files):
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False))
+    return SD15Text(clip, clip_tokenizer(*clip_files))
+
+
+def test_sizes_are_embedded_as_in_the_reference():
+    """After the pooled text: six embeddings, there of 8 channels each."""
+    path = HERE / "golden" / "unet_sdxl.safetensors"
+    golden, size = load_file(path), json.loads(read_metadata(path)["config"])
+    embedded = size_embedding(golden["inputs/time_ids"], size["time_id_embedding_dim"])
+    close(torch.cat([golden["inputs/pooled"], embedded], dim=1), golden["outputs/adm_vector"])
+
+
+def test_sizes_are_six_times_cosines_then_sines():
+    """Number by number, in fp64: cos and sin of size / 10000^(i / 128). In fp32 an angle of 1024 is
+    good to 6e-5."""
+    sizes = torch.tensor([[1024, 768, 0, 32, 1024, 1024], [512, 640, 7, 0, 768, 1344]])
+    got = size_embedding(sizes)
+    assert got.shape == (2, 1536) and got.dtype == torch.float32
+    for row, numbers in zip(got.tolist(), sizes.tolist(), strict=True):
+        angles = [[size / 10000 ** (i / 128) for i in range(128)] for size in numbers]
+        wanted = [wave(a) for six in angles for wave in (math.cos, math.sin) for a in six]
+        assert row == pytest.approx(wanted, abs=2e-4)
+
+
+def test_sdxl_reads_both_clips_before_their_last_block(sdxl):
+    sizes = torch.tensor([[600, 800, 4, 0, 512, 512], [1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]])
+    cond = sdxl(PROMPTS, sizes=sizes)
+    assert cond.keys() == {"context", "pooled"}
+    ids_l, ids_g = sdxl.tokens(PROMPTS)
+    assert cond["context"].shape == (3, 77, 32) and cond["pooled"].shape == (3, 20 + 1536)
+    for b in (0, 2):
+        close(cond["context"][b, :, :12], sdxl.clip_l.states(ids_l)[-2][b])
+        close(cond["context"][b, :, 12:], sdxl.clip_g.states(ids_g)[-2][b])
+        close(cond["pooled"][b, :20], sdxl.clip_g(ids_g)[2][b])
+    close(cond["pooled"][:, 20:], size_embedding(sizes))
+    assert not cond["context"].requires_grad and not cond["pooled"].requires_grad
+
+
+def test_sdxls_second_encoder_is_filled_up_with_zeros(sdxl):
+    """The first with the end token; both as long, and alike up to the end."""
+    ids_l, ids_g = sdxl.tokens(PROMPTS)
+    ends = ids_l.argmax(dim=1)
+    assert torch.equal(ends, ids_g.argmax(dim=1)) and ids_l.shape == ids_g.shape == (3, 77)
+    for row_l, row_g, end in zip(ids_l, ids_g, ends.tolist(), strict=True):
+        assert torch.equal(row_l[: end + 1], row_g[: end + 1])
+        assert (row_l[end:] == END).all() and not row_g[end + 1 :].any()
+
+
+def test_sdxls_empty_prompt_is_zeros_but_for_its_sizes(sdxl):
+    """Blanks are no prompt either; a prompt that is there is never zeros, nor is its neighbour."""
+    sizes = (700, 900, 10, 20, 512, 768)
+    for cond in (sdxl(["", "  "], sizes=sizes), sdxl([""], sizes=sizes)):
+        assert not cond["context"].any() and not cond["pooled"][:, :20].any()
+        close(cond["pooled"][:1, 20:], size_embedding(torch.tensor([sizes])))
+    cond = sdxl(PROMPTS)
+    assert cond["context"][[0, 2]].any(dim=2).all() and cond["pooled"][[0, 2], :20].any()
+    whole = size_embedding(torch.tensor([[1024, 1024, 0, 0, 1024, 1024]]))
+    close(cond["pooled"][:, 20:], whole.expand(3, -1))
+
+
+def test_sd15_reads_clips_last_state(sd15):
+    """After the final norm, for the empty prompt too."""
+    cond, ids = sd15(PROMPTS), sd15.tokens(PROMPTS)
+    assert cond.keys() == {"context"} and cond["context"].shape == (3, 77, 12)
+    final = sd15.clip.text_model.final_layer_norm
+    close(cond["context"], final(sd15.clip.states(ids)[-1]))
+    assert cond["context"].any(dim=2).all() and not cond["context"].requires_grad
+    assert ids[1].tolist() == [START] + 76 * [END]
+
+
+@pytest.mark.parametrize("which", ["sdxl", "sd15"])
+def test_clips_prompts_are_read_alike_alone_and_among_others(which, request):
+    text = request.getfixturevalue(which)
+    together = text(PROMPTS)
+    for name, tensor in together.items():
+        for b, prompt in enumerate(PROMPTS):
+            close(text([prompt])[name], tensor[b : b + 1])
+
+
+def test_conditioning_has_the_encoders_dtype(clip_files):
+    """Sizes are embedded in fp32 and only then rounded."""
+    torch.manual_seed(0)
+    clip_l = CLIP(CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False))
+    clip_g = CLIP(CLIPConfig(20, 3, 2, 24, F.gelu, projected=True))
+    tokenizers = clip_tokenizer(*clip_files), clip_tokenizer(*clip_files, 0)
+    cond = SDXLText(clip_l, clip_g, *tokenizers).bfloat16()(["a cat"], sizes=(1023,) * 6)
+    assert {tensor.dtype for tensor in cond.values()} == {torch.bfloat16}
+    assert torch.equal(cond["pooled"][:, 20:], size_embedding(torch.full((1, 6), 1023)).bfloat16())

@@ -1,0 +1,195 @@
+"""CLIP's text encoders.
+
+    CLIP                     CLIP-L and CLIP-G, with the Hugging Face tensor names
+    to_open_clip, and back   the same weights under open_clip's names, as SDXL's file has CLIP-G's
+    load_open_clip           from a file with those names
+
+B batch, T tokens, D width, N heads. No encoder is told which tokens are padding: the denoisers were
+trained on text that attends to it.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nets.layers import per_head
+from nets.weights import assign, read_weights
+
+CLIP_LENGTH = 77  # tokens, with the two special ones
+
+# --- the encoder ---------------------------------------------------------------------------------
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # of the MLP
+    activation: Callable[[Tensor], Tensor]
+    projected: bool  # the pooled output goes through text_projection
+    length: int = CLIP_LENGTH
+    vocabulary: int = 49408
+
+
+CLIP_L = CLIPConfig(768, 12, 12, 3072, quick_gelu, projected=False)
+CLIP_G = CLIPConfig(1280, 32, 20, 5120, F.gelu, projected=True)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (per_head(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, cfg: CLIPConfig):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
+        self.self_attn = CLIPAttention(cfg.width, cfg.heads)
+        self.mlp = CLIPMLP(cfg.width, cfg.hidden, cfg.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIP(nn.Module):
+    """CLIP's text encoder: causal, so that the end token has read the whole prompt."""
+
+    def __init__(self, cfg: CLIPConfig):
+        super().__init__()
+        self.cfg = cfg
+        embeddings = {
+            "token_embedding": nn.Embedding(cfg.vocabulary, cfg.width),
+            "position_embedding": nn.Embedding(cfg.length, cfg.width),
+        }
+        layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.depth))
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(embeddings),
+                "encoder": nn.ModuleDict({"layers": layers}),
+                "final_layer_norm": nn.LayerNorm(cfg.width),
+            }
+        )
+        if cfg.projected:
+            self.text_projection = nn.Linear(cfg.width, cfg.width, bias=False)
+
+    def states(self, ids: Tensor) -> list[Tensor]:
+        """ids (B, T) -> the embeddings, then what each block makes of them, (B, T, D) each."""
+        embeddings = self.text_model.embeddings
+        x = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
+        states = [x]
+        for block in self.text_model.encoder.layers:
+            states.append(block(states[-1]))
+        return states
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (B, T) -> last (B, T, D), penultimate (B, T, D), pooled (B, D).
+
+        last: the last block's output after the final norm; penultimate: the last block but one's,
+        without it; pooled: `last` at the end token (the largest id, its first place), projected in
+        CLIP-G.
+        """
+        *_, penultimate, x = self.states(ids)
+        last = self.text_model.final_layer_norm(x)
+        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+        return last, penultimate, self.text_projection(pooled) if self.cfg.projected else pooled
+
+
+# --- open_clip's names ---------------------------------------------------------------------------
+
+OUTER = {  # open_clip's name: Hugging Face's
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+INNER = {  # the same within a block
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def blocks_of(depth: int) -> list[tuple[str, str]]:
+    """What precedes a block's names: open_clip's, Hugging Face's."""
+    return [
+        (f"transformer.resblocks.{i}.", f"text_model.encoder.layers.{i}.") for i in range(depth)
+    ]
+
+
+def same_tensors(depth: int) -> dict[str, str]:
+    """The tensors that only the name tells apart; open_clip's: Hugging Face's."""
+    names = dict(OUTER)
+    for theirs, ours in blocks_of(depth):
+        for part in ("weight", "bias"):
+            names |= {f"{theirs}{a}.{part}": f"{ours}{b}.{part}" for a, b in INNER.items()}
+    return names
+
+
+def to_open_clip(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """A CLIP's tensors under open_clip's names: q, k, v are one, the projection is x @ W."""
+    renamed = {theirs: tensors[ours] for theirs, ours in same_tensors(depth).items()}
+    renamed["text_projection"] = tensors["text_projection.weight"].T
+    for theirs, ours in blocks_of(depth):
+        for part in ("weight", "bias"):
+            qkv = [tensors[f"{ours}self_attn.{letter}_proj.{part}"] for letter in "qkv"]
+            renamed[f"{theirs}attn.in_proj_{part}"] = torch.cat(qkv)
+    return renamed
+
+
+def from_open_clip(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The inverse of `to_open_clip`."""
+    renamed = {ours: tensors[theirs] for theirs, ours in same_tensors(depth).items()}
+    renamed["text_projection.weight"] = tensors["text_projection"].T.contiguous()
+    for theirs, ours in blocks_of(depth):
+        for part in ("weight", "bias"):
+            qkv = tensors[f"{theirs}attn.in_proj_{part}"].chunk(3)
+            for letter, tensor in zip("qkv", qkv, strict=True):
+                renamed[f"{ours}self_attn.{letter}_proj.{part}"] = tensor
+    return renamed
+
+
+def load_open_clip(
+    net: CLIP,
+    path: Path | Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prefix: str = "",
+    ignore: Collection[str] = (),
+) -> CLIP:
+    """`load_weights` for a file with open_clip's names, as strict."""
+    depth = net.cfg.depth
+    wanted = to_open_clip({k: v.to("meta") for k, v in net.state_dict().items()}, depth)
+    tensors = read_weights(wanted, path, dtype, device, prefix, ignore)
+    for name, tensor in from_open_clip(tensors, depth).items():
+        assign(net, name, tensor)
+    return net

@@ -1,0 +1,41 @@
+"""What the networks share: attention, and numbers as waves.
+
+    attention        of every denoiser
+    per_head         channels cut into heads
+    time_embedding   a time, or a size in pixels, as cosines and sines
+
+B batch, L tokens, D width, N heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, N, L, D / N), k and v (B, N, M, D / N) -> (B, L, D).
+
+    No mask and contiguous, so any fused kernel fits.
+    """
+    out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+    return out.transpose(1, 2).flatten(2)
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """(B, L, D) -> (B, N, L, D / N)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def time_embedding(t: Tensor, dim: int = 256) -> Tensor:
+    """(B,) -> (B, dim): cosines, then sines, in fp32; t is 0..1000 here, too fine for bf16."""
+    assert t.dtype in (torch.float32, torch.float64), (
+        f"time must come in fp32 (in bf16 .759 is embedded as 756), got {t.dtype}"
+    )
+    half = dim // 2
+    rates = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = t.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
