@@ -1,7 +1,8 @@
 """Where the official files are: in a folder, in the hub's cache, or on the hub.
 
-OFFICIAL     per teacher and part: the repository, its files, and other names they go by
-find_files   the paths of the parts asked for, or one error for all that is missing
+OFFICIAL      per teacher and part: the repository, its files, and other names they go by
+NOT_WEIGHTS   per teacher what else is in its file, which no network wants
+find_files    the paths of the parts asked for, or one error for all that is missing
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ class Part:
     repo: str
     files: tuple[str, ...]  # all of these, as in the repository ...
     others: tuple[tuple[str, ...], ...] = ()  # ... or all of one of these, in a folder only
+    prefix: str = ""  # of this network's names, where one file holds several networks
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -44,9 +46,58 @@ def flux(repo: str, transformer: str) -> dict[str, Part]:
     }
 
 
+def single_file(repo: str, file: str, encoders: dict[str, str]) -> dict[str, Part]:
+    """UNet, autoencoder and text encoders (part: prefix) in one file, tokenizers beside it."""
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", **encoders}
+    parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in prefixes.items()}
+    loose = (("vocab.json", "merges.txt"),)  # CLIP's encoders share one vocabulary
+    for name, folder in zip(encoders, ("tokenizer", "tokenizer_2"), strict=False):
+        files = (f"{folder}/vocab.json", f"{folder}/merges.txt")
+        parts[f"{name}_tokenizer"] = Part(repo, files, loose)
+    return parts
+
+
 OFFICIAL = {
     "flux-dev": flux("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
     "flux-schnell": flux("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors"),
+    "sdxl": single_file(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "sd_xl_base_1.0.safetensors",
+        {
+            "clip_l": "conditioner.embedders.0.transformer.",
+            "clip_g": "conditioner.embedders.1.model.",
+        },
+    ),
+    "sd15": single_file(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "v1-5-pruned-emaonly.safetensors",
+        {"clip_l": "cond_stage_model.transformer."},
+    ),
+}
+
+NOT_WEIGHTS = {
+    "sdxl": (
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+        "conditioner.embedders.1.model.logit_scale",
+    ),
+    "sd15": (
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "model_ema.decay",
+        "model_ema.num_updates",
+        # the schedule, which is a formula
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "betas",
+        "log_one_minus_alphas_cumprod",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "posterior_variance",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+    ),
 }
 
 
@@ -69,7 +120,7 @@ def find_files(
     found = {name: in_folder(part, weights) for name, part in wanted.items()}
     lacking = [part for name, part in wanted.items() if not found[name]]
     if lacking:
-        names = [accepted(part, weights) for part in lacking]
+        names = dict.fromkeys(accepted(part, weights) for part in lacking)
         files = [(part.repo, file) for part in lacking for file in absent(part, weights)]
         raise FileNotFoundError(
             f"{weights} lacks {', '.join(names)}; fetch with: {fetch(files, weights)}"
@@ -98,7 +149,7 @@ def accepted(part: Part, folder: Path) -> str:
 def fetch(files: Iterable[tuple[str, str]], folder: Path | str) -> str:
     """The command that fetches (repository, file) pairs into a folder."""
     by_repo: dict[str, list[str]] = {}
-    for repo, file in files:
+    for repo, file in dict.fromkeys(files):  # parts may share a file
         by_repo.setdefault(repo, []).append(file)
     return " && ".join(
         f"hf download {repo} {' '.join(names)} --local-dir {folder}"
@@ -112,7 +163,7 @@ def cached(repo: str, file: str) -> bool:
 
 def from_hub(wanted: dict[str, Part]) -> dict[str, list[Path]]:
     """Out of the cache where all is there, without a connection; else downloaded into it."""
-    every = [(part.repo, file) for part in wanted.values() for file in part.files]
+    every = dict.fromkeys((part.repo, file) for part in wanted.values() for file in part.files)
     for repo, file in every:
         if cached(repo, file):
             continue

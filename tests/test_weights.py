@@ -93,12 +93,19 @@ def test_shards_load_as_one_file_does(shards):
 
 
 def test_a_prefix_picks_one_network_of_several(path):
-    """Combined files hold transformer and VAE; what is not under the prefix is not looked at."""
-    both = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(path).items()}
-    save_file(both | {"first_stage_model.bias": torch.zeros(1)}, path)
-    assert same(load_weights(empty(), path, prefix="model.diffusion_model."), small())
+    """Combined files hold transformer and VAE; what is not under the prefix is not looked at, what
+    is under it must fit."""
+    prefix = "model.diffusion_model."
+    both = {prefix + name: tensor for name, tensor in load_file(path).items()}
+    save_file(both | {"first_stage_model.bias": torch.zeros(1, dtype=torch.int64)}, path)
+    assert same(load_weights(empty(), path, prefix=prefix), small())
     with pytest.raises(ValueError, match="5 names missing .* 6 unexpected"):
         load_weights(empty(), path)
+    save_file(both | {prefix + "position_ids": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"1 unexpected \(model.diffusion_model.position_ids\)"):
+        load_weights(empty(), path, prefix=prefix, ignore=["position_ids"])
+    known = [prefix + "position_ids", "betas"]  # of the whole file, also what others ignore
+    assert same(load_weights(empty(), path, prefix=prefix, ignore=known), small())
 
 
 def test_names_known_to_be_no_weights_are_ignored_exactly(path):
@@ -330,6 +337,32 @@ def test_files_are_found_as_the_hub_lays_them_out(tmp_path, teacher):
     assert [path for part in found.values() for path in part] == [
         tmp_path / name for name in official(teacher)
     ]
+
+
+@pytest.mark.parametrize("teacher", ["sdxl", "sd15"])
+def test_networks_of_a_single_file_are_found_in_it(tmp_path, teacher):
+    """Each under its own prefix; the tokenizers are beside it, in folders or loose."""
+    parts = OFFICIAL[teacher]
+    networks = {name: part for name, part in parts.items() if part.prefix}
+    tokenizers = [name for name in parts if name not in networks]
+    found = find_files(teacher, parts, fill(tmp_path / "w", official(teacher)))
+    (single,) = {path for name in networks for path in found[name]}
+    assert single.suffix == ".safetensors" and len({p.prefix for p in networks.values()}) > 2
+    assert [name.removesuffix("_tokenizer") for name in tokenizers] == list(networks)[2:]
+    for name in tokenizers:
+        assert [path.name for path in found[name]] == ["vocab.json", "merges.txt"]
+    loose = fill(tmp_path / "loose", [single.name, "vocab.json", "merges.txt"])
+    found = find_files(teacher, parts, loose)
+    assert {path for paths in found.values() for path in paths} == set(loose.iterdir())
+
+
+def test_a_file_of_several_networks_is_asked_for_once(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        find_files("sdxl", OFFICIAL["sdxl"], fill(tmp_path, []))
+    listed, command = str(caught.value).split("; fetch with: ")
+    for text in (listed, command):
+        assert text.count("sd_xl_base_1.0.safetensors") == 1
+    assert command.count("tokenizer_2/vocab.json") == 1
 
 
 def test_files_are_found_loose(tmp_path):
