@@ -41,6 +41,10 @@ class Flow:
         """Unshifted times (B,) -> the times the network sees, resolution-shifted."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 
+    def times(self, u: Tensor) -> Tensor:
+        """Unshifted times 1 .. 0 (B,) -> where a sampler calls the network."""
+        return self.warp(u)
+
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
 
@@ -79,9 +83,19 @@ class DDPM:
     def warp(self, u: Tensor) -> Tensor:
         return u
 
+    def times(self, u: Tensor) -> Tensor:
+        """The u-th part of the table's entries, and the last of them: .25 is entry 249.
+
+        Entry 0 is nearest to t = .0001, since t = 0 is clean data.
+        """
+        return ((1000 * u).round() - 1).clamp_min(0.1) / 1000
+
+    def index(self, t: Tensor) -> Tensor:
+        """The entry nearest to t (B,), which is how the network knows times; in fp64."""
+        return (t.double() * 1000).round().clamp(0, 999)
+
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        index = (t.double() * 1000).round().long().clamp(0, 999)
-        table = self.alpha_bar.to(t.device)[index]
+        table = self.alpha_bar.to(t.device)[self.index(t).long()]
         return torch.where(t > 0, table, torch.ones_like(table))
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -141,6 +155,7 @@ def guided(
 def grid(schedule: Flow | DDPM, steps: int, last: float | None = None) -> list[float]:
     """`steps` times from pure noise, evenly spaced before the shift: 1, 1 - 1/N, ... 1/N.
 
+    For DDPM the table's entries that close each N-th of it: 999, 749, 499, 249 of 1000 for N = 4.
     last: where they end instead of 1/N, before the shift. The official sampler of SD 3.5 ends at
     the shifted 1/1000, and so shifts it twice.
     """
@@ -148,7 +163,7 @@ def grid(schedule: Flow | DDPM, steps: int, last: float | None = None) -> list[f
         u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
     else:
         u = torch.linspace(1, last, steps, dtype=torch.float64)
-    return schedule.warp(u).tolist()
+    return schedule.times(u).tolist()
 
 
 def resolution_shift(tokens: int) -> float:

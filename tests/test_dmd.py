@@ -47,6 +47,48 @@ def test_autograd_of_dmd_loss_is_the_stated_direction(schedule, x0, cond, uncond
     assert all(p.grad is None for net in (teacher, fake) for p in net.parameters())
 
 
+class NoiseView(torch.nn.Module):
+    """A flow network as a DDPM's: x_t is scaled to the flow's, v is turned into eps."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow, self.schedule = flow, DDPM()
+
+    def forward(self, x_t, t, cond):
+        alpha, sigma = (
+            f(t)[:, None, None, None] for f in (self.schedule.alpha, self.schedule.sigma)
+        )
+        x_flow, t_flow = x_t / (alpha + sigma), flow_time(t)
+        return self.flow.schedule.eps(x_flow, self.flow(x_flow, t_flow, cond), t_flow)
+
+
+def flow_time(t):
+    """Where a flow has DDPM's ratio of noise to signal at t (B,)."""
+    alpha, sigma = DDPM().alpha(t), DDPM().sigma(t)
+    return sigma / (alpha + sigma)
+
+
+def test_flow_and_ddpm_give_the_same_dmd_direction(x0, cond, uncond, rng):
+    """For networks written in both parametrisations, with the same noise at times that match.
+
+    The x_t of the one is a multiple of the other's, the estimates of x0 are equal, guidance
+    included. DDPM divides by alpha, .08 at t = .98: four digits.
+    """
+    schedule = Flow()
+    schedule.warp = flow_time  # the same draws, at matching times
+    pairs = [(flow, NoiseView(flow)) for flow in (Linear(schedule, seed=i) for i in (1, 2))]
+    grads = []
+    for teacher, fake in zip(*pairs, strict=True):
+        x = x0.clone().requires_grad_()
+        dmd_loss(x, teacher, fake, cond, uncond, RANGE, "uniform", rng("dmd")).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+    swapped = x0.clone().requires_grad_()
+    (fake, _), (teacher, _) = pairs
+    dmd_loss(swapped, teacher, fake, cond, uncond, RANGE, "uniform", rng("dmd")).backward()
+    assert not torch.allclose(swapped.grad, grads[0], rtol=0.1), "the direction has its sense"
+
+
 def test_dmd_descent_moves_samples_to_the_teachers_distribution(rng):
     """Exact scores of Gaussians: student samples around 0, known exactly to the fake score; data
     around 3. Every sample must move up; with teacher and fake swapped, or the sign flipped,

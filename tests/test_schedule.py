@@ -78,6 +78,18 @@ def test_flux_dev_samples_on_its_published_grids():
     assert resolution_shift(256) == pytest.approx(math.exp(0.5))
 
 
+def test_ddpm_samples_on_the_last_entries_of_equal_parts():
+    """999, 749, 499, 249 for four steps, as SDXL's students; every entry for 1000 steps."""
+    assert grid(DDPM(), 4) == [0.999, 0.749, 0.499, 0.249]
+    assert grid(DDPM(), 1) == [0.999]
+    for steps in (3, 30, 1000):
+        entries = DDPM().index(torch.tensor(grid(DDPM(), steps))).tolist()
+        assert len(set(entries)) == steps and entries == sorted(entries, reverse=True)
+    assert entries == list(range(999, -1, -1))
+    low = DDPM().alpha(torch.tensor(grid(DDPM(), 1000)[-1])).item()
+    assert low == pytest.approx(0.99915**0.5, abs=1e-7), "entry 0, not clean data"
+
+
 def test_flux_schnell_samples_unshifted():
     assert [*grid(Flow(), 4), 0.0] == PUBLISHED["flux"]["schnell_unshifted"]["4"]
 
@@ -127,6 +139,36 @@ def test_euler_on_the_exact_velocity_reaches_the_data():
     x = sample_ode(net, eps, {}, grid(net.schedule, 200))
     assert x.mean().item() == pytest.approx(2, abs=0.01)
     assert x.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+class MixtureNoise(torch.nn.Module):
+    """The exact prediction for points that are a mixture of Gaussians under DDPM, closed form."""
+
+    def __init__(self, weights, means, std):
+        super().__init__()
+        self.schedule, self.weights, self.means, self.std = DDPM(), weights, means, std
+
+    def forward(self, x_t, t, cond):
+        alpha, sigma = (
+            f(t)[:, None, None, None] for f in (self.schedule.alpha, self.schedule.sigma)
+        )
+        x, variance = x_t[..., None], (alpha**2 * self.std**2 + sigma**2)[..., None]
+        away = x - alpha[..., None] * self.means  # (B, C, H, W, parts)
+        share = (self.weights.log() - away.square() / (2 * variance)).softmax(dim=-1)
+        return sigma * (share * away / variance).sum(-1)  # eps = -sigma times the score
+
+
+def test_ddim_on_the_exact_score_reaches_the_data():
+    """A quarter of the points at -1.5 +- .2, the others at .5: 1000 steps; of 4,000 points the
+    share is within .02, the means and deviations within .02."""
+    net = MixtureNoise(torch.tensor([0.25, 0.75]), torch.tensor([-1.5, 0.5]), 0.2)
+    eps = torch.randn(1, 1, 40, 100, generator=torch.Generator().manual_seed(0))
+    x = sample_ode(net, eps, {}, grid(net.schedule, 1000))
+    left, right = x[x < -0.5], x[x >= -0.5]
+    assert len(left) / x.numel() == pytest.approx(0.25, abs=0.02)
+    for points, mean in ((left, -1.5), (right, 0.5)):
+        assert points.mean().item() == pytest.approx(mean, abs=0.02)
+        assert points.std().item() == pytest.approx(0.2, abs=0.02)
 
 
 def test_x0_sampler_noises_its_estimate_again(cond):
