@@ -10,7 +10,6 @@ lists the transformer blocks, for whoever shards or recomputes them from outside
 B batch, C H W latent, P patch, L image tokens, T text tokens, D width, N heads.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,34 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nets.layers import attention, time_embedding
 from schedule import Cond, Flow
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, N, L, D / N) each -> (B, L, D).
-
-    The one attention of every transformer here; no mask and contiguous, so any fused kernel fits.
-    """
-    out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
-    return out.transpose(1, 2).flatten(2)
 
 
 def split_heads(qkv: Tensor, heads: int) -> Tensor:
     """(B, L, 3 D) -> q, k, v as (3, B, N, L, D / N)."""
     return qkv.unflatten(-1, (3, heads, -1)).movedim(2, 0).transpose(2, 3)
-
-
-def time_embedding(t: Tensor, dim: int = 256) -> Tensor:
-    """(B,) -> (B, dim): cosines, then sines, in fp32; t is 0..1000 here, too fine for bf16."""
-    assert t.dtype in (torch.float32, torch.float64), (
-        f"time must come in fp32 (in bf16 .759 is embedded as 756), got {t.dtype}"
-    )
-    half = dim // 2
-    rates = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t.float()[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -19,14 +19,12 @@ import torch
 from torch import nn
 
 from model import Flux, FluxConfig, MMDiT, MMDiTConfig
+from nets.clip import CLIP, CLIP_L, CLIPConfig
 from nets.files import OFFICIAL, find_files
 from nets.text import (
-    CLIP,
-    CLIP_L,
     T5,
     T5_LENGTH,
     T5_XXL,
-    CLIPConfig,
     FluxText,
     SceneText,
     T5Config,
@@ -62,7 +60,7 @@ NETWORKS = {
     "flux-dev": Networks(FluxConfig(guidance=True), VAES["flux"], CLIP_L, T5_XXL),
     "flux-schnell": Networks(FluxConfig(guidance=False), VAES["flux"], CLIP_L, T5_XXL),
 }
-EMBEDDED = {"transformer": [Path(__file__).parent / "assets" / "teacher.safetensors"]}
+EMBEDDED = {"denoiser": [Path(__file__).parent / "assets" / "teacher.safetensors"]}
 Files = dict[str, list[Path]]  # per part of a teacher
 
 
@@ -74,7 +72,7 @@ def locate(teacher: str, weights: str = "", student: bool = False) -> Files:
     """
     if teacher == "digits":
         return EMBEDDED
-    parts = [part for part in OFFICIAL[teacher] if not (student and part == "transformer")]
+    parts = [part for part in OFFICIAL[teacher] if not (student and part == "denoiser")]
     return find_files(teacher, parts, Path(weights) if weights else None)
 
 
@@ -102,7 +100,7 @@ def load_denoiser(
 
 def load_teacher(teacher: str, shift: float, files: Files = EMBEDDED, *how) -> MMDiT | Flux:
     """how: dtype and device, as in `load_denoiser`."""
-    return load_denoiser(teacher, shift, files["transformer"], *how)
+    return load_denoiser(teacher, shift, files["denoiser"], *how)
 
 
 def load_student(path: Path, *how) -> tuple[MMDiT | Flux, dict]:
@@ -144,7 +142,7 @@ def load_text(
         return SceneText()
     with torch.device("meta"):
         clip, t5 = CLIP(NETWORKS[teacher].clip_l), T5(NETWORKS[teacher].t5)
-    words = clip_tokenizer(*files["clip_tokenizer"])
+    words = clip_tokenizer(*files["clip_l_tokenizer"])
     pieces = t5_tokenizer(*files["t5_tokenizer"], T5_LENGTH[teacher])
     load_weights(clip, files["clip_l"], dtype, device)
     load_weights(t5, files["t5"], dtype, device, ignore=T5.duplicates)

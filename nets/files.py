@@ -28,7 +28,7 @@ class Part:
 
 def flux(repo: str, transformer: str) -> dict[str, Part]:
     return {
-        "transformer": Part(repo, (transformer,)),
+        "denoiser": Part(repo, (transformer,)),
         "vae": Part(repo, ("ae.safetensors",)),
         "clip_l": Part(repo, ("text_encoder/model.safetensors",), (("clip_l.safetensors",),)),
         "t5": Part(
@@ -39,7 +39,7 @@ def flux(repo: str, transformer: str) -> dict[str, Part]:
             ),
             (("t5xxl_fp16.safetensors",),),
         ),
-        "clip_tokenizer": Part(
+        "clip_l_tokenizer": Part(
             repo, ("tokenizer/vocab.json", "tokenizer/merges.txt"), (("vocab.json", "merges.txt"),)
         ),
         "t5_tokenizer": Part(repo, ("tokenizer_2/tokenizer.json",), (("tokenizer.json",),)),
@@ -48,7 +48,7 @@ def flux(repo: str, transformer: str) -> dict[str, Part]:
 
 def single_file(repo: str, file: str, encoders: dict[str, str]) -> dict[str, Part]:
     """UNet, autoencoder and text encoders (part: prefix) in one file, tokenizers beside it."""
-    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", **encoders}
+    prefixes = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model.", **encoders}
     parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in prefixes.items()}
     loose = (("vocab.json", "merges.txt"),)  # CLIP's encoders share one vocabulary
     for name, folder in zip(encoders, ("tokenizer", "tokenizer_2"), strict=False):

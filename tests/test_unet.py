@@ -144,7 +144,7 @@ def official(name: str) -> dict:
 
 def build(name: str, unet: UNetConfig, vae, clip_l, clip_g) -> dict:
     """The networks of a file, by part."""
-    nets = {"unet": UNet(unet, DDPM()), "vae": VAE(vae), "clip_l": CLIP(clip_l)}
+    nets = {"denoiser": UNet(unet, DDPM()), "vae": VAE(vae), "clip_l": CLIP(clip_l)}
     return nets | {"clip_g": CLIP(clip_g)} if name == "sdxl" else nets
 
 
@@ -175,7 +175,7 @@ def test_names_and_shapes_are_those_of_the_official_file(name, count, size):
         assert key not in ours
         ours[key] = wanted[key]
     assert ours == wanted
-    assert sum(p.numel() for p in nets["unet"].parameters()) == size
+    assert sum(p.numel() for p in nets["denoiser"].parameters()) == size
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_every_part_of_a_single_file_loads_back_bit_for_bit(name, whole_file):
     dtype = torch.float16 if name == "sdxl" else torch.float32
     for part, net in nets.items():
         with torch.device("meta"):
-            again = UNet(net.cfg, DDPM()) if part == "unet" else type(net)(net.cfg)
+            again = UNet(net.cfg, DDPM()) if part == "denoiser" else type(net)(net.cfg)
         load = load_open_clip if part == "clip_g" else load_weights
         load(again, path, dtype, prefix=OFFICIAL[name][part].prefix, ignore=NOT_WEIGHTS[name])
         for (key, tensor), loaded in zip(
@@ -226,7 +226,7 @@ def header(path: Path, prefix: str = "") -> list[tuple[str, str, list[int]]]:
 def test_an_exported_unet_has_the_official_names_and_order(name, whole_file, tmp_path):
     """Alone under its prefix, or in a copy of the whole file, whose header stays the same."""
     path, nets = whole_file
-    student = copy.deepcopy(nets["unet"])
+    student = copy.deepcopy(nets["denoiser"])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1)
@@ -243,7 +243,7 @@ def test_an_exported_unet_has_the_official_names_and_order(name, whole_file, tmp
 
 def test_a_student_of_another_size_is_not_merged(name, whole_file, tmp_path):
     path, nets = whole_file
-    other = UNet(replace(nets["unet"].cfg, channels=3), DDPM())
+    other = UNet(replace(nets["denoiser"].cfg, channels=3), DDPM())
     with pytest.raises(ValueError, match="input_blocks.0.0.weight has shape"):
         merge_weights(other, tmp_path / "full.safetensors", path, {}, PREFIX)
     with pytest.raises(ValueError, match="names missing"):

@@ -329,7 +329,7 @@ def raising(error: Exception):
 @pytest.mark.parametrize("teacher", ["flux-dev", "flux-schnell"])
 def test_files_are_found_as_the_hub_lays_them_out(tmp_path, teacher):
     found = find_files(teacher, PARTS, fill(tmp_path, official(teacher)))
-    assert found["transformer"] == [tmp_path / f"{teacher.replace('flux', 'flux1')}.safetensors"]
+    assert found["denoiser"] == [tmp_path / f"{teacher.replace('flux', 'flux1')}.safetensors"]
     assert [path.name for path in found["t5"]] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -376,7 +376,7 @@ def test_a_folder_that_lacks_files_is_told_which_and_how_to_fetch_them(tmp_path,
     hub(official())
     fill(tmp_path / "w", ["ae.safetensors", "text_encoder_2/model-00001-of-00002.safetensors"])
     with pytest.raises(FileNotFoundError) as caught:
-        find_files("flux-dev", ["transformer", "vae", "clip_l", "t5"], tmp_path / "w")
+        find_files("flux-dev", ["denoiser", "vae", "clip_l", "t5"], tmp_path / "w")
     message = str(caught.value)
     missing = ["flux1-dev.safetensors", "text_encoder/model.safetensors"]
     missing += ["text_encoder_2/model-00002-of-00002.safetensors"]
