@@ -16,6 +16,10 @@ from typing import NoReturn
 class Config:
     # fmt: off
     teacher: str = "digits"                 # whose network is distilled; presets all below
+    size: tuple[int, int] = (1024, 1024)    # height and width of the images, pixels
+    data: str = "data"                      # images with captions, or prompts (digits: its own)
+    weights: str = ""                       # folder of the official files; "": the hub
+    bf16: bool = True                       # compute in bf16; trained weights and losses stay fp32
     # the student
     student_steps: int = 4                  # K anchors, evenly spaced before the shift
     taus: tuple[float, ...] = ()            # the anchors, descending, if not evenly spaced
@@ -54,6 +58,7 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: float = 1e-8                       # of AdamW
     clip: float = 1.0                       # gradient norm
+    recompute: bool = True                  # recompute the blocks' activations: less memory
     seed: int = 0                           # of every random number
     # housekeeping: these may change when a run is resumed
     out: str = ""                           # output folder; default runs/TEACHER
@@ -64,11 +69,15 @@ class Config:
     # fmt: on
 
 
-HOUSEKEEPING = ("out", "save_every", "keep", "exam_every", "table")
+HOUSEKEEPING = ("out", "weights", "save_every", "keep", "exam_every", "table")
 
 TEACHERS = {
     "digits": Config(
         teacher="digits",
+        size=(16, 16),
+        data="",
+        bf16=False,
+        recompute=False,
         shift=2.0,
         ema=0.98,
         guidance=2.0,
@@ -86,7 +95,60 @@ TEACHERS = {
         lr_start=0.0,
         lr_final=0.1,
     ),
+    "flux-dev": Config(
+        teacher="flux-dev",
+        taus=(1.0, 0.904, 0.759, 0.512),
+        guidance=3.5,
+        guidance_dmd=(1.0, 8.0),
+        guidance_isg=(1.0, 8.0),
+        t_dmd="logit-normal",
+        t_fake="logit-normal",
+        w_isg=1.0,
+        isg_margin=0.02,
+        w_gan=2.0,
+        steps=10_000,
+        batch=1,
+        lr=1e-5,
+        lr_fake=1e-5,
+        lr_disc=1e-5,
+        lr_warmup=500,
+        lr_start=0.5,
+    ),
+    "sdxl": Config(
+        teacher="sdxl",
+        guidance=5.0,
+        guidance_dmd=(8.0, 8.0),
+        guidance_isg=(3.0, 15.0),
+        t_fake="uniform",
+        ida_decay=1.0,
+        w_isg=0.2,
+        isg_margin=0.02,
+        w_gan=0.5,
+        steps=10_000,
+        batch=1,
+        lr=1e-6,
+        lr_fake=1e-6,
+        lr_disc=1e-6,
+    ),
+    "sd15": Config(
+        teacher="sd15",
+        size=(512, 512),
+        guidance=7.5,
+        guidance_dmd=(1.75, 1.75),
+        guidance_isg=(1.75, 1.75),
+        t_fake="uniform",
+        ida_decay=1.0,
+        w_isg=0.0,
+        w_gan=0.0,
+        steps=10_000,
+        batch=1,
+        lr=1e-6,
+        lr_fake=1e-6,
+        lr_disc=1e-6,
+    ),
 }
+# Few-step models themselves: sample.py draws with them.
+ONLY_SAMPLED = {"flux-schnell": Config(teacher="flux-schnell", guidance=0.0)}
 
 # What else changes when the student has another number of steps than its teacher's preset.
 FEWER = {"lr_fake": 5e-4, "guidance_dmd": (1.5, 3.5), "w_isg": 0.3, "w_gan": 0.0, "steps": 600}

@@ -2,9 +2,13 @@
 
     DigitScenes   the embedded task: two real handwritten digits, coloured, side by side or stacked,
                   with a caption that names some attributes and leaves others open
+    ImageFolder   images, each with its caption in a text file beside it
+    Prompts       captions alone
+    open_data     the one that --data names
 
 Sample i of a data set is a function of (seed, i) alone, so nothing needs saving to resume, and any
-number of ranks sees the same samples: `batch_ids` deals them out.
+number of ranks sees the same samples: `batch_ids` deals them out. A data set is called with sample
+numbers and returns something with `captions` and `images`, (B, 3, H, W) in [-1, 1] or None.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nets.text import ANY_DIGIT, COLOURS, DIGITS, WORD_ID, attributes
@@ -49,6 +54,9 @@ def batch_ids(step: int, batch: int, rank: int = 0, world: int = 1) -> range:
     """
     start = (step * world + rank) * batch
     return range(start, start + batch)
+
+
+# --- the embedded task ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -180,3 +188,91 @@ def load_digits() -> tuple[Tensor, Tensor]:
             f"{path} does not hold the 1,797 digits; restore it with: git checkout assets"
         )
     return torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
+
+
+# --- images and captions of one's own ------------------------------------------------------------
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMS = (
+    "a folder of images with their captions in .txt files of the same names, or, "
+    "with --no-gan, a text file of prompts, one a line"
+)
+
+
+@dataclass
+class Pairs:
+    captions: list[str]
+    images: Tensor | None  # (B, 3, H, W) in [-1, 1]
+
+
+def shuffled(i: int, count: int, seed: int) -> int:
+    """Which of `count` items sample i is: every epoch each once, in an order of its own."""
+    order = torch.randperm(count, generator=generator("epoch", seed, i // count))
+    return int(order[i % count])
+
+
+class ImageFolder:
+    """NAME.jpg (.jpeg, .png, .webp) with NAME.txt beside it, in any depth of folders."""
+
+    def __init__(self, path: Path, size: tuple[int, int], seed: int):
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        self.images = [p for p in images if p.with_suffix(".txt").is_file()]
+        if not self.images:
+            raise ValueError(f"{path} holds no image with a caption; --data takes {FORMS}")
+        self.left_out = len(images) - len(self.images)  # images without a caption
+        self.size, self.seed = size, seed
+
+    def __call__(self, ids: range | list[int]) -> Pairs:
+        """Raises ValueError that names a file that cannot be read."""
+        paths = [self.images[shuffled(i, len(self.images), self.seed)] for i in ids]
+        captions = [read_caption(path.with_suffix(".txt")) for path in paths]
+        return Pairs(captions, torch.stack([read_image(path, self.size) for path in paths]))
+
+
+class Prompts:
+    """The lines of a text file."""
+
+    def __init__(self, path: Path, seed: int):
+        self.captions = [line.strip() for line in read_caption(path).splitlines() if line.strip()]
+        if not self.captions:
+            raise ValueError(f"{path} holds no prompt; --data takes {FORMS}")
+        self.seed = seed
+
+    def __call__(self, ids: range | list[int]) -> Pairs:
+        return Pairs([self.captions[shuffled(i, len(self.captions), self.seed)] for i in ids], None)
+
+
+def read_caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text; correct or remove it") from None
+
+
+def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in [-1, 1]: the middle of the image, upright, its shape kept; over white."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); replace or remove it") from None
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 127.5 - 1
+
+
+def open_data(
+    teacher: str, path: str, size: tuple[int, int], seed: int
+) -> DigitScenes | ImageFolder | Prompts:
+    """Raises ValueError or FileNotFoundError."""
+    if teacher == "digits":
+        return DigitScenes(seed)
+    where = Path(path)
+    if not where.exists():
+        raise FileNotFoundError(f"--data {path} is missing; it takes {FORMS}")
+    if where.is_dir():
+        return ImageFolder(where, size, seed)
+    if where.suffix == ".txt":
+        return Prompts(where, seed)
+    raise ValueError(f"--data {path} is neither a folder nor a .txt file; it takes {FORMS}")

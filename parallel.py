@@ -4,12 +4,14 @@
     copy_from_rank_zero               replicas begin alike
     average_gradients                 and stay alike
     agree                             a yes or no on which all ranks must act alike
+    recompute                         activations of a network's blocks are not kept
     save_checkpoint, load_checkpoint  into a temporary folder, checked, renamed
 
 A checkpoint is a folder `step-N` with the tensors, `extra.json`, and `digests.json`, written last:
 a folder whose digests do not agree is damaged, and the one before it is used.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils.checkpoint import checkpoint
 
 # --- ranks ---------------------------------------------------------------------------------------
 
@@ -87,6 +90,12 @@ def agree(yes: bool, device: torch.device) -> bool:
     votes = torch.tensor(int(yes), device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MIN)
     return bool(votes)
+
+
+def recompute(net: nn.Module) -> None:
+    """Each of net.blocks() is computed again in the backward pass, in place of being remembered."""
+    for block in net.blocks():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:

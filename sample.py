@@ -2,11 +2,15 @@
 
     python sample.py --checkpoint FILE --prompt "a red three left of a digit"
     python sample.py --teacher digits --steps 50 --guidance 2 --prompt "a digit above a green two"
+    python sample.py --teacher flux-dev --steps 28 --guidance 3.5 --size 768 1360 --prompt "a fox"
     python sample.py --checkpoint FILE --prompts FILE --seed 0 1 2 --out folder/name.png
 
 One prompt and one seed write --out; more write name-000.png, name-001.png, ... The noise of an
 image depends on its seed alone, so a prompt gives the same image alone or among others.
 Settings are stored in each PNG, as JSON in its text field "settings".
+
+The official files are looked for in --weights, else in the hub's cache, else downloaded. The text
+encoders leave memory before the denoiser comes.
 """
 
 import argparse
@@ -14,14 +18,29 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from config import TEACHERS, Parser, refuse
-from nets.text import SceneText
-from nets.vae import Pixels
+from config import ONLY_SAMPLED, TEACHERS, Config, Parser, refuse
 from pictures import save_png
-from schedule import draw_samples, generator, grid, normal
-from teachers import load_student, load_teacher
+from schedule import Cond, draw_samples, generator, normal
+from teachers import (
+    Files,
+    check_size,
+    encode,
+    latent_shape,
+    load_student,
+    load_teacher,
+    load_text,
+    load_vae,
+    locate,
+    read_student,
+    sampling_times,
+    uses_null,
+)
+
+PRESETS = TEACHERS | ONLY_SAMPLED
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def arguments() -> argparse.Namespace:
@@ -32,46 +51,86 @@ def arguments() -> argparse.Namespace:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
-    which.add_argument("--teacher", choices=TEACHERS, help="a teacher itself")
+    which.add_argument("--teacher", choices=PRESETS, help="a teacher itself")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to draw")
     what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
-    parser.add_argument("--steps", type=int, help="default: the student's own, 50 for a teacher")
+    default = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
+    parser.add_argument("--steps", type=int, help=default)
     parser.add_argument(
         "--sampler", choices=("x0", "euler"), help="default: x0, euler for a teacher"
     )
     parser.add_argument(
         "--guidance", type=float, help="default: none, a teacher's own for a teacher"
     )
-    parser.add_argument("--negative", default="", help="negative prompt, where guidance is on")
+    parser.add_argument("--negative", default="", help="negative prompt, where guidance takes one")
+    size = "of the images, pixels; default: what the teacher was made for"
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
     parser.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="one image of each prompt per seed"
     )
-    parser.add_argument("--batch", type=int, default=64, help="images at a time")
-    parser.add_argument(
-        "--scale", type=int, default=8, help="enlargement of the embedded task's 16 x 16 pixels"
-    )
+    parser.add_argument("--batch", type=int, help="images at a time; default: 64 digits, else 1")
+    parser.add_argument("--weights", default="", help="folder of the official files")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, the embedded task fp32")
+    parser.add_argument("--scale", type=int, help="enlargement; default: 1, the embedded task 8")
     parser.add_argument("--out", type=Path, default=Path("out.png"))
     return parser.parse_args()
 
 
-def load(given: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
-    """The network, and the settings that the images are made with and carry."""
+def decide(given: argparse.Namespace) -> tuple[dict, Config]:
+    """The settings that images are made with and carry, and the teacher's preset."""
+    about = read_student(given.checkpoint) if given.checkpoint else {"teacher": given.teacher}
+    preset = PRESETS[about["teacher"]]
+    small = about["teacher"] == "digits"
+    size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
+    settings = {"teacher": about["teacher"], "size": size}
     if given.checkpoint:
-        net, about = load_student(given.checkpoint)
-        settings = {"checkpoint": given.checkpoint.name, "teacher": about["teacher"]}
-        steps = given.steps or int(about["steps"])
-        own = steps == int(about["steps"])
-        taus = json.loads(about["taus"]) if own else grid(net.schedule, steps)
-        sampler, guidance = given.sampler or about["sampler"], given.guidance
+        steps, sampler, guidance = int(about["steps"]), about["sampler"], given.guidance
+        settings["checkpoint"] = given.checkpoint.name
     else:
-        preset = TEACHERS[given.teacher]
-        net, settings = load_teacher(given.teacher, preset.shift), {"teacher": given.teacher}
-        steps = given.steps or 50
-        taus, sampler = grid(net.schedule, steps), given.sampler or "euler"
+        steps, sampler = (preset.student_steps if given.teacher in ONLY_SAMPLED else 50), "euler"
         guidance = preset.guidance if given.guidance is None else given.guidance
-    settings |= {"steps": steps, "taus": taus, "sampler": sampler, "guidance": guidance}
-    return net.eval(), settings
+    own = json.loads(about["taus"]) if given.steps in (None, steps) and given.checkpoint else None
+    settings |= {"steps": given.steps or steps, "taus": own}
+    settings |= {"sampler": given.sampler or sampler, "guidance": guidance}
+    given.batch = given.batch or (64 if small else 1)
+    given.scale = given.scale or (8 if small else 1)
+    settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
+    check_size(about["teacher"], size)
+    return settings, preset
+
+
+def encode_all(
+    text: nn.Module, captions: list[str], batch: int, device: torch.device, size: tuple[int, int]
+) -> dict[str, Cond]:
+    """The cond of every caption, kept on the CPU, so that the encoders can go."""
+    captions = list(dict.fromkeys(captions))
+    conds = {}
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
+        cond = encode(text, part, device, size)
+        for k, caption in enumerate(part):
+            conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
+    return conds
+
+
+def stack(conds: list[Cond], device: torch.device) -> Cond:
+    return {name: torch.stack([cond[name] for cond in conds]).to(device) for name in conds[0]}
+
+
+def load(
+    given: argparse.Namespace, settings: dict, preset: Config, files: Files, device: torch.device
+) -> nn.Module:
+    """The denoiser; its sampling times go into the settings, where they are not a student's own."""
+    how = (DTYPES[settings["dtype"]], device)
+    if given.checkpoint:
+        net, _ = load_student(given.checkpoint, *how)
+    else:
+        net = load_teacher(given.teacher, preset.shift, files, *how)
+    if settings["taus"] is None:
+        shape = (net.schedule, settings["steps"], settings["size"])
+        settings["taus"] = sampling_times(settings["teacher"], *shape)
+    return net.requires_grad_(False).eval()
 
 
 def read_prompts(given: argparse.Namespace) -> list[str]:
@@ -95,28 +154,34 @@ def out_paths(out: Path, count: int) -> list[Path]:
 
 def main() -> None:
     given = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         for name in ("steps", "batch", "scale"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ValueError(f"--{name} is {getattr(given, name)}; it must be at least 1")
-        text, vae = SceneText(), Pixels()
+        settings, preset = decide(given)
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
-        text.tokens([prompt for prompt, _ in jobs] + [given.negative])  # fail before sampling
-        net, settings = load(given)
+        teacher, size, dtype = settings["teacher"], settings["size"], DTYPES[settings["dtype"]]
+        files = locate(teacher, given.weights, student=bool(given.checkpoint))
+        text = load_text(teacher, files, dtype, device)
+        prompts = [prompt for prompt, _ in jobs] + [given.negative]
+        conds = encode_all(text, prompts, given.batch, device, size)
+        del text  # tens of gigabytes for the large teachers
+        net = load(given, settings, preset, files, device)
+        vae = load_vae(teacher, files, dtype, device)
     except (ValueError, OSError) as error:
         refuse(error)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device)
     bar = tqdm(total=len(jobs), desc="images")
     for start in range(0, len(jobs), given.batch):
         part = jobs[start : start + given.batch]
         draws = [generator("sample", seed) for _, seed in part]
-        eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
-        cond = text([prompt for prompt, _ in part], device)
-        uncond = text([given.negative] * len(part), device)
-        how = (settings["taus"], settings["sampler"], uncond, settings["guidance"])
-        images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        eps = normal(torch.empty(len(part), *latent_shape(teacher, size), device=device), draws)
+        cond = stack([conds[prompt] for prompt, _ in part], device)
+        uncond = stack([conds[given.negative]] * len(part), device) if uses_null(teacher) else None
+        how = (settings["taus"], settings["sampler"], uncond, settings["guidance"] or None)
+        with torch.no_grad():
+            images = vae.decode(draw_samples(net, eps, cond, *how, draws))
         for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):
             save_png(image, path, settings | {"prompt": prompt, "seed": seed}, given.scale)
         bar.update(len(part))

@@ -5,7 +5,8 @@
     build, load_denoiser     the denoiser alone, without or with weights
     load_vae, load_text      what stands around it
     load_student             a file that train.py saved
-    null_cond, check_size, sampling_times
+    encode, uses_null        text to cond, and what guidance needs of it
+    latent_shape, check_size, sampling_times
 
 Weights go to `dtype`, a tensor at a time. Errors are FileNotFoundError, PermissionError (a gated
 repository) or ValueError, on one line.
@@ -18,47 +19,52 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import Flux, FluxConfig, MMDiT, MMDiTConfig
-from nets.clip import CLIP, CLIP_L, CLIPConfig
-from nets.files import OFFICIAL, find_files
+from model import Flux, FluxConfig, MMDiT, MMDiTConfig, silence_guidance
+from nets.clip import CLIP, CLIP_G, CLIP_L, CLIPConfig, load_open_clip
+from nets.files import NOT_WEIGHTS, OFFICIAL, find_files
 from nets.text import (
     T5,
     T5_LENGTH,
     T5_XXL,
     FluxText,
     SceneText,
+    SD15Text,
+    SDXLText,
     T5Config,
     clip_tokenizer,
     t5_tokenizer,
 )
+from nets.unet import UNETS, UNet, UNetConfig
 from nets.vae import VAE, VAES, Pixels, VAEConfig
 from nets.weights import load_weights, read_metadata
-from schedule import Cond, Flow, grid, resolution_shift
+from schedule import DDPM, Cond, Flow, grid, resolution_shift
 
 
 @dataclass(frozen=True)
 class Networks:
-    denoiser: MMDiTConfig | FluxConfig
+    denoiser: MMDiTConfig | FluxConfig | UNetConfig
     vae: VAEConfig | None = None  # None: the latents are the pixels
     clip_l: CLIPConfig | None = None
+    clip_g: CLIPConfig | None = None
     t5: T5Config | None = None
 
 
+DIGITS = MMDiTConfig(
+    patch=4,
+    channels=3,
+    width=96,
+    depth=5,
+    heads=3,
+    context_width=SceneText.context_width,
+    pooled_width=SceneText.pooled_width,
+    table=4,
+)
 NETWORKS = {
-    "digits": Networks(
-        MMDiTConfig(
-            patch=4,
-            channels=3,
-            width=96,
-            depth=5,
-            heads=3,
-            context_width=SceneText.context_width,
-            pooled_width=SceneText.pooled_width,
-            table=4,
-        )
-    ),
-    "flux-dev": Networks(FluxConfig(guidance=True), VAES["flux"], CLIP_L, T5_XXL),
-    "flux-schnell": Networks(FluxConfig(guidance=False), VAES["flux"], CLIP_L, T5_XXL),
+    "digits": Networks(DIGITS),
+    "flux-dev": Networks(FluxConfig(guidance=True), VAES["flux"], CLIP_L, None, T5_XXL),
+    "flux-schnell": Networks(FluxConfig(guidance=False), VAES["flux"], CLIP_L, None, T5_XXL),
+    "sdxl": Networks(UNETS["sdxl"], VAES["sdxl"], CLIP_L, CLIP_G),
+    "sd15": Networks(UNETS["sd15"], VAES["sd15"], CLIP_L),
 }
 EMBEDDED = {"denoiser": [Path(__file__).parent / "assets" / "teacher.safetensors"]}
 Files = dict[str, list[Path]]  # per part of a teacher
@@ -76,14 +82,15 @@ def locate(teacher: str, weights: str = "", student: bool = False) -> Files:
     return find_files(teacher, parts, Path(weights) if weights else None)
 
 
-# --- loading -------------------------------------------------------------------------------------
+# --- the denoiser --------------------------------------------------------------------------------
 
 
-def build(teacher: str, shift: float) -> MMDiT | Flux:
-    """A teacher's denoiser, weights not set."""
+def build(teacher: str, shift: float) -> MMDiT | Flux | UNet:
+    """Weights not set. shift: of a flow's times; DDPM has none."""
     cfg = NETWORKS[teacher].denoiser
-    kind = Flux if isinstance(cfg, FluxConfig) else MMDiT
-    return kind(cfg, Flow(shift))
+    if isinstance(cfg, UNetConfig):
+        return UNet(cfg, DDPM())
+    return Flux(cfg, Flow(shift)) if isinstance(cfg, FluxConfig) else MMDiT(cfg, Flow(shift))
 
 
 def load_denoiser(
@@ -92,24 +99,32 @@ def load_denoiser(
     path: Path | Sequence[Path],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> MMDiT | Flux:
+) -> MMDiT | Flux | UNet:
     with torch.device("meta"):
         net = build(teacher, shift)
-    return load_weights(net, path, dtype, device)
+    return load_weights(net, path, dtype, device, prefix_of(teacher, "denoiser"))
 
 
-def load_teacher(teacher: str, shift: float, files: Files = EMBEDDED, *how) -> MMDiT | Flux:
+def load_teacher(teacher: str, shift: float, files: Files = EMBEDDED, *how) -> nn.Module:
     """how: dtype and device, as in `load_denoiser`."""
     return load_denoiser(teacher, shift, files["denoiser"], *how)
 
 
-def load_student(path: Path, *how) -> tuple[MMDiT | Flux, dict]:
+def load_start(teacher: str, shift: float, files: Files, device: torch.device | str) -> nn.Module:
+    """What student and fake score begin as: the teacher in fp32, without a guidance input."""
+    net = load_teacher(teacher, shift, files, torch.float32, device)
+    if isinstance(net, Flux):
+        silence_guidance(net)
+    return net
+
+
+def load_student(path: Path, *how) -> tuple[nn.Module, dict]:
     """A student saved by train.py, and its metadata: teacher, taus, steps, sampler, shift."""
     about = read_student(path)
     return load_denoiser(about["teacher"], float(about["shift"]), path, *how), about
 
 
-def read_student(path: Path) -> dict:
+def read_student(path: Path) -> dict[str, str]:
     """The metadata of a student's file."""
     about = read_metadata(path)
     if about.get("teacher") not in NETWORKS:
@@ -117,66 +132,105 @@ def read_student(path: Path) -> dict:
     return about
 
 
-def load_vae(
-    teacher: str,
-    files: Files,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
+def prefix_of(teacher: str, part: str) -> str:
+    """What precedes a network's names in the official file, and in a student's."""
+    return OFFICIAL[teacher][part].prefix if teacher in OFFICIAL else ""
+
+
+# --- what stands around it -----------------------------------------------------------------------
+
+
+def load_vae(teacher: str, files: Files, *how) -> nn.Module:
+    """how: dtype and device, as in `load_denoiser`."""
     cfg = NETWORKS[teacher].vae
-    if cfg is None:
-        return Pixels()
-    with torch.device("meta"):
-        vae = VAE(cfg)
-    return load_weights(vae, files["vae"], dtype, device).requires_grad_(False).eval()
+    return load_part(VAE, cfg, teacher, "vae", files, *how) if cfg else Pixels()
 
 
-def load_text(
+def load_text(teacher: str, files: Files, *how) -> nn.Module:
+    """Captions -> cond; see `encode`. how: dtype and device, as in `load_denoiser`."""
+    nets = NETWORKS[teacher]
+    if nets.clip_l is None:
+        return SceneText()
+    clip_l = load_part(CLIP, nets.clip_l, teacher, "clip_l", files, *how)
+    tokenizer_l = clip_tokenizer(*files["clip_l_tokenizer"])
+    if nets.t5:
+        t5 = load_part(T5, nets.t5, teacher, "t5", files, *how)
+        pieces = t5_tokenizer(*files["t5_tokenizer"], T5_LENGTH[teacher])
+        return FluxText(clip_l, t5, tokenizer_l, pieces)
+    if nets.clip_g:
+        clip_g = load_part(CLIP, nets.clip_g, teacher, "clip_g", files, *how)
+        tokenizer_g = clip_tokenizer(*files["clip_g_tokenizer"], 0)
+        return SDXLText(clip_l, clip_g, tokenizer_l, tokenizer_g)
+    return SD15Text(clip_l, tokenizer_l)
+
+
+def load_part(
+    kind: type,
+    cfg: VAEConfig | CLIPConfig | T5Config,
     teacher: str,
+    part: str,
     files: Files,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Captions -> cond."""
-    if teacher == "digits":
-        return SceneText()
+    """A frozen network of a teacher's."""
     with torch.device("meta"):
-        clip, t5 = CLIP(NETWORKS[teacher].clip_l), T5(NETWORKS[teacher].t5)
-    words = clip_tokenizer(*files["clip_l_tokenizer"])
-    pieces = t5_tokenizer(*files["t5_tokenizer"], T5_LENGTH[teacher])
-    load_weights(clip, files["clip_l"], dtype, device)
-    load_weights(t5, files["t5"], dtype, device, ignore=T5.duplicates)
-    return FluxText(clip, t5, words, pieces).requires_grad_(False).eval()
+        net = kind(cfg)
+    open_clip = teacher == "sdxl" and part == "clip_g"
+    load = load_open_clip if open_clip else load_weights
+    ignore = T5.duplicates if part == "t5" else NOT_WEIGHTS.get(teacher, ())
+    load(net, files[part], dtype, device, prefix_of(teacher, part), ignore)
+    return net.requires_grad_(False).eval()
+
+
+def encode(
+    text: nn.Module, captions: list[str], device: torch.device | str, size: tuple[int, int]
+) -> Cond:
+    """Captions -> cond. size: height and width of the images in pixels, which SDXL is told."""
+    if isinstance(text, SDXLText):
+        return text(captions, device, (*size, 0, 0, *size))
+    return text(captions, device)
 
 
 # --- guidance, sizes, times ----------------------------------------------------------------------
 
 
-def null_cond(teacher: str, text: nn.Module, captions: list[str], device) -> Cond | None:
-    """What classifier-free guidance leads away from: "", or a negative prompt.
-
-    None where the scale is an input of the network (FLUX.1).
-    """
-    if isinstance(NETWORKS[teacher].denoiser, FluxConfig):
-        return None
-    return text(captions, device)
+def uses_null(teacher: str) -> bool:
+    """Whether guidance is classifier-free; FLUX.1 has the scale as an input, or none."""
+    return not isinstance(NETWORKS[teacher].denoiser, FluxConfig)
 
 
-def check_size(teacher: str, height: int, width: int) -> None:
-    """Raises ValueError for a size, in pixels, that the networks cannot make."""
-    nets, asked = NETWORKS[teacher], f"--size {height} {width}"
-    unit = nets.denoiser.patch * (2 ** (len(nets.vae.multipliers) - 1) if nets.vae else 1)
-    for size in (height, width):
-        if size < unit or size % unit:
-            near = " or ".join(str(unit * n) for n in (size // unit, size // unit + 1) if n)
-            raise ValueError(f"{asked}: {size} is no multiple of {unit}; the nearest: {near}")
-        if isinstance(nets.denoiser, MMDiTConfig) and size > unit * nets.denoiser.table:
-            most = unit * nets.denoiser.table
-            raise ValueError(f"{asked}: {teacher} makes at most {most} pixels a side")
+def latent_shape(teacher: str, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of an image of `size`, height and width in pixels."""
+    nets, factor = NETWORKS[teacher], factor_of(teacher)
+    return nets.denoiser.channels, size[0] // factor, size[1] // factor
 
 
-def sampling_times(teacher: str, schedule: Flow, steps: int, tokens: int) -> list[float]:
-    """The times a teacher samples at; tokens: of the image, FLUX.1-dev's shift depends on them."""
+def factor_of(teacher: str) -> int:
+    """Pixels per latent along a side."""
+    vae = NETWORKS[teacher].vae
+    return vae.factor if vae else Pixels.factor
+
+
+def check_size(teacher: str, size: tuple[int, int]) -> None:
+    """Raises ValueError for an image, height and width in pixels, that the networks cannot make."""
+    cfg, asked = NETWORKS[teacher].denoiser, f"--size {size[0]} {size[1]}"
+    divisor = 2 ** (len(cfg.multipliers) - 1) if isinstance(cfg, UNetConfig) else cfg.patch
+    unit = divisor * factor_of(teacher)
+    for side in size:
+        if side < unit or side % unit:
+            near = " or ".join(str(unit * n) for n in (side // unit, side // unit + 1) if n > 0)
+            raise ValueError(f"{asked}: {side} is no multiple of {unit}; the nearest: {near}")
+        if isinstance(cfg, MMDiTConfig) and side > unit * cfg.table:
+            raise ValueError(f"{asked}: {teacher} makes at most {unit * cfg.table} pixels a side")
+
+
+def sampling_times(
+    teacher: str, schedule: Flow | DDPM, steps: int, size: tuple[int, int]
+) -> list[float]:
+    """The times a teacher samples at. FLUX.1-dev's shift grows with the image."""
     if teacher == "flux-dev":
-        return grid(Flow(resolution_shift(tokens)), steps)
+        _, height, width = latent_shape(teacher, size)
+        patch = NETWORKS[teacher].denoiser.patch
+        return grid(Flow(resolution_shift(height * width // patch**2)), steps)
     return grid(schedule, steps)

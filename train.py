@@ -3,6 +3,7 @@
     python train.py                            # the embedded teacher, on a CPU, in minutes
     python train.py --student-steps 2          # a two-step student
     python train.py --no-ida --no-isg --no-gan # plain DMD; each part has its switch
+    torchrun --nproc_per_node 8 train.py --teacher flux-dev --data DIR [--weights DIR]
     python train.py --help                     # every setting
 
 The same command continues an interrupted run. Results are in runs/TEACHER (or --out):
@@ -28,29 +29,39 @@ from tqdm import tqdm
 
 import parallel
 from config import Config, Parser, differences, parse, refuse
-from data import DigitScenes, batch_ids
+from data import Prompts, batch_ids, open_data
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from ida import ida_update
 from isg import isg_loss
 from measures import Exam, exam_table, format_table
 from nets.text import SceneText
-from nets.vae import Pixels
 from nets.vision import load_backbone
 from nets.weights import save_weights
 from pictures import curves, exam_pictures
 from schedule import Cond, Rng, generator, grid
-from teachers import load_teacher
+from teachers import (
+    check_size,
+    encode,
+    latent_shape,
+    load_start,
+    load_teacher,
+    load_text,
+    load_vae,
+    locate,
+    prefix_of,
+    uses_null,
+)
 
 
 @dataclass
 class Batch:
     ids: range  # global sample numbers
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    images: Tensor | None  # (B, 3, H, W) in [-1, 1]; None: captions alone
     x0_real: Tensor  # (B, C, h, w)
     cond: Cond
     uncond: Cond | None
-    text: Tensor  # (B, E), what the discriminator reads of the caption
+    text: Tensor | None  # (B, E), what the discriminator reads of the caption
 
 
 @dataclass
@@ -58,8 +69,9 @@ class Nets:
     student: nn.Module
     fake: nn.Module
     teacher: nn.Module
-    disc: Discriminator
+    disc: Discriminator | None
     vae: nn.Module
+    text: nn.Module
     ema: nn.Module  # the student's moving average; the student itself without one
 
 
@@ -90,7 +102,8 @@ def train_step(
 
     # 1. The student draws: from noised data, or from its own previous output (backward simulation).
     taus = anchors(cfg, schedule)
-    x_t, i = student_input(student, batch.x0_real, cond, taus, rng("input"), cfg.p_backward)
+    p_backward = 1.0 if batch.images is None else cfg.p_backward
+    x_t, i = student_input(student, batch.x0_real, cond, taus, rng("input"), p_backward)
     tau_start, tau_end = (x_t.new_full((len(x_t),), tau) for tau in (*taus, 0.0)[i : i + 2])
     with torch.set_grad_enabled(learn):
         prediction = student(x_t, tau_start, cond)
@@ -182,16 +195,28 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 
 def build_nets(cfg: Config, device: torch.device) -> Nets:
     """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
-    teacher = load_teacher(cfg.teacher, cfg.shift).to(device)
-    parallel.copy_from_rank_zero(teacher)
-    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    ema = copy.deepcopy(teacher).requires_grad_(False) if cfg.ema else student
+    files, frozen = locate(cfg.teacher, cfg.weights), torch.bfloat16 if cfg.bf16 else torch.float32
+    teacher = load_teacher(cfg.teacher, cfg.shift, files, frozen, device).requires_grad_(False)
+    student = load_start(cfg.teacher, cfg.shift, files, device)
+    parallel.copy_from_rank_zero(student)
+    fake = copy.deepcopy(student)
+    ema = copy.deepcopy(student).requires_grad_(False) if cfg.ema else student
+    if cfg.recompute:
+        parallel.recompute(student)
+        parallel.recompute(fake)
+    vae = load_vae(cfg.teacher, files, frozen, device)
+    text = load_text(cfg.teacher, files, frozen, device)
+    disc = build_disc(cfg, device) if cfg.w_gan else None
+    return Nets(student, fake, teacher, disc, vae, text, ema)
+
+
+def build_disc(cfg: Config, device: torch.device) -> Discriminator:
     backbone = load_backbone(cfg.teacher)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
     maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
     disc = Discriminator(backbone, width, maps, SceneText.pooled_width, cfg.disc_channels)
     parallel.copy_from_rank_zero(disc.to(device))
-    return Nets(student, fake, teacher.requires_grad_(False), disc, Pixels(), ema)
+    return disc
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
@@ -200,22 +225,23 @@ def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
         settings = {"betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
         return Learner(torch.optim.AdamW(trained, lr=lr, **settings), lr)
 
-    return {
-        "student": learner(nets.student, cfg.lr),
-        "fake": learner(nets.fake, cfg.lr_fake),
-        "disc": learner(nets.disc.heads, cfg.lr_disc),
-    }
+    learners = {"student": learner(nets.student, cfg.lr), "fake": learner(nets.fake, cfg.lr_fake)}
+    return learners | ({"disc": learner(nets.disc.heads, cfg.lr_disc)} if nets.disc else {})
 
 
-def load_batch(
-    step: int, data: DigitScenes, text: SceneText, vae: nn.Module, cfg: Config, device: torch.device
-) -> Batch:
+@torch.no_grad()
+def load_batch(step: int, data, nets: Nets, cfg: Config, device: torch.device) -> Batch:
     ids = batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
-    scenes = data(ids)
-    images = scenes.images.to(device)
-    cond, uncond = text(scenes.captions, device), text([""] * cfg.batch, device)
-    embedding = text.embedding(scenes.captions).to(device)
-    return Batch(ids, images, vae.encode(images), cond, uncond, embedding)
+    pairs, nothing = data(ids), [""] * cfg.batch
+    cond, uncond = encode(nets.text, pairs.captions, device, cfg.size), None
+    if uses_null(cfg.teacher):
+        uncond = encode(nets.text, nothing, device, cfg.size)
+    if pairs.images is None:
+        x0_real = torch.zeros(cfg.batch, *latent_shape(cfg.teacher, cfg.size), device=device)
+        return Batch(ids, None, x0_real, cond, uncond, None)
+    images = pairs.images.to(device)
+    embedding = nets.text.embedding(pairs.captions).to(device) if nets.disc else None
+    return Batch(ids, images, nets.vae.encode(images), cond, uncond, embedding)
 
 
 # --- a run: the folder, the log, the loop --------------------------------------------------------
@@ -299,12 +325,12 @@ class Run:
         return state["step"]
 
 
-def train(
-    cfg: Config, out: Path, nets: Nets, data: DigitScenes, exam: Exam | None, device: torch.device
-) -> Run:
+def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: torch.device) -> Run:
     """The loop: resume, iterate, examine, save."""
-    opts, run, text, folder = build_learners(nets, cfg), Run(), SceneText(), out / "checkpoints"
-    saved = {"student": nets.student, "fake": nets.fake, "disc": nets.disc.heads}
+    opts, run, folder = build_learners(nets, cfg), Run(), out / "checkpoints"
+    saved = {"student": nets.student, "fake": nets.fake}
+    if nets.disc:
+        saved["disc"] = nets.disc.heads
     if nets.ema is not nets.student:
         saved["ema"] = nets.ema
     optimizers = {name: opt.optimizer for name, opt in opts.items()}
@@ -318,8 +344,10 @@ def train(
     hidden = parallel.rank() > 0
     with tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden) as bar:
         for step in range(first, cfg.steps):
-            batch = load_batch(step, data, text, nets.vae, cfg, device)
-            values = parallel.mean_over_ranks(train_step(step, batch, nets, opts, cfg), device)
+            batch = load_batch(step, data, nets, cfg, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+                values = train_step(step, batch, nets, opts, cfg)
+            values = parallel.mean_over_ranks(values, device)
             if log:
                 log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
             bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
@@ -352,9 +380,11 @@ def export(nets: Nets, cfg: Config, out: Path) -> Path:
         "sampler": "x0",
         "steps": str(cfg.student_steps),
         "shift": str(cfg.shift),
+        "size": json.dumps(cfg.size),
         "taus": json.dumps(anchors(cfg, nets.student.schedule)),
     }
-    save_weights(nets.ema, path, torch.float32, metadata)
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    save_weights(nets.ema, path, dtype, metadata, prefix_of(cfg.teacher, "denoiser"))
     return path
 
 
@@ -397,9 +427,13 @@ def main() -> None:
         cfg, given = arguments()
         device = parallel.start()
         out = prepare_folder(cfg, given.overwrite)
-        nets, data = build_nets(cfg, device), DigitScenes(seed=cfg.seed)
-        examined = parallel.rank() == 0 and (cfg.table or cfg.exam_every > 0)
-        exam = Exam(cfg.guidance) if examined else None
+        check_size(cfg.teacher, cfg.size)
+        data = open_data(cfg.teacher, cfg.data, cfg.size, cfg.seed)
+        if isinstance(data, Prompts) and cfg.w_gan:
+            raise ValueError(f"--data {cfg.data} has no images to judge by; add --no-gan")
+        nets = build_nets(cfg, device)
+        examined = cfg.teacher == "digits" and (cfg.table or cfg.exam_every > 0)
+        exam = Exam(cfg.guidance) if examined and parallel.rank() == 0 else None
         if exam:
             exam.ask_teacher(nets.teacher)
     except (ValueError, OSError) as error:

@@ -106,6 +106,11 @@ class VAEConfig:
     blocks: int = 2  # per resolution in the encoder; the decoder has one more
     groups: int = 32
 
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.multipliers) - 1)
+
 
 VAES = {
     "flux": VAEConfig(channels=16, scale=0.3611, shift=0.1159),
@@ -165,7 +170,7 @@ class VAE(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
-        self.factor, self.channels = 2 ** (len(cfg.multipliers) - 1), cfg.channels
+        self.factor, self.channels = cfg.factor, cfg.channels
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
         C = cfg.channels
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if cfg.quant else nn.Identity()

@@ -32,7 +32,7 @@ def setup(**flags):
 
 
 def batch_of(step, nets, cfg):
-    return load_batch(step, DATA, TEXT, nets.vae, cfg, CPU)
+    return load_batch(step, DATA, nets, cfg, CPU)
 
 
 def weights(nets):
