@@ -1,6 +1,7 @@
 """Where the official files are: in a folder, in the hub's cache, or on the hub.
 
 OFFICIAL      per teacher and part: the repository, its files, and other names they go by
+SHARED        parts that all teachers' training has in common: the discriminator's frozen networks
 NOT_WEIGHTS   per teacher what else is in its file, which no network wants
 find_files    the paths of the parts asked for, or one error for all that is missing
 """
@@ -21,6 +22,7 @@ class Part:
     files: tuple[str, ...]  # all of these, as in the repository ...
     others: tuple[tuple[str, ...], ...] = ()  # ... or all of one of these, in a folder only
     prefix: str = ""  # of this network's names, where one file holds several networks
+    folder: str = ""  # `files` are below this one of a folder: repositories share names
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -100,6 +102,26 @@ NOT_WEIGHTS = {
     ),
 }
 
+TIMM = "vit_large_patch14_dinov2.lvd142m"  # DINOv2 under timm's names
+CLIP = "clip-vit-large-patch14"
+SHARED = {
+    "dinov2": Part(
+        "facebook/dinov2-large",
+        ("model.safetensors",),
+        (("dinov2-large.safetensors",), (f"{TIMM}/model.safetensors",), (f"{TIMM}.safetensors",)),
+        folder="dinov2-large",
+    ),
+    "clip_vit": Part(
+        f"openai/{CLIP}", ("model.safetensors",), ((f"{CLIP}.safetensors",),), folder=CLIP
+    ),
+    "clip_vit_tokenizer": Part(
+        f"openai/{CLIP}",
+        ("vocab.json", "merges.txt"),
+        (("tokenizer/vocab.json", "tokenizer/merges.txt"), ("vocab.json", "merges.txt")),
+        folder=CLIP,
+    ),
+}
+
 
 # --- finding -------------------------------------------------------------------------------------
 
@@ -112,7 +134,7 @@ def find_files(
     weights: a folder, and then nothing is looked for elsewhere; None: the hub's cache, and what is
     not there is downloaded. Raises FileNotFoundError, or PermissionError for a gated repository.
     """
-    wanted = {name: OFFICIAL[teacher][name] for name in parts}
+    wanted = {name: (SHARED | OFFICIAL[teacher])[name] for name in parts}
     if weights is None:
         return from_hub(wanted)
     if not weights.is_dir():
@@ -121,7 +143,7 @@ def find_files(
     lacking = [part for name, part in wanted.items() if not found[name]]
     if lacking:
         names = dict.fromkeys(accepted(part, weights) for part in lacking)
-        files = [(part.repo, file) for part in lacking for file in absent(part, weights)]
+        files = [(part, file) for part in lacking for file in absent(part, weights)]
         raise FileNotFoundError(
             f"{weights} lacks {', '.join(names)}; fetch with: {fetch(files, weights)}"
         )
@@ -129,31 +151,32 @@ def find_files(
 
 
 def absent(part: Part, folder: Path) -> list[str]:
-    return [file for file in part.files if not (folder / file).is_file()]
+    return [file for file in part.files if not (folder / part.folder / file).is_file()]
 
 
 def in_folder(part: Part, folder: Path) -> list[Path]:
     """The files under the first names that are all there; none if no such names."""
-    for names in (part.files, *part.others):
-        if all((folder / name).is_file() for name in names):
-            return [folder / name for name in names]
+    below = [folder / part.folder / name for name in part.files]
+    for paths in (below, *([folder / name for name in names] for names in part.others)):
+        if all(path.is_file() for path in paths):
+            return paths
     return []
 
 
 def accepted(part: Part, folder: Path) -> str:
     """What is missing of a part, and the other names it may have."""
     others = "".join(f" (or {' and '.join(names)})" for names in part.others)
-    return " and ".join(absent(part, folder)) + others
+    return " and ".join(str(Path(part.folder, file)) for file in absent(part, folder)) + others
 
 
-def fetch(files: Iterable[tuple[str, str]], folder: Path | str) -> str:
-    """The command that fetches (repository, file) pairs into a folder."""
-    by_repo: dict[str, list[str]] = {}
-    for repo, file in dict.fromkeys(files):  # parts may share a file
-        by_repo.setdefault(repo, []).append(file)
+def fetch(files: Iterable[tuple[Part, str]], folder: Path | str) -> str:
+    """The command that fetches (part, file) pairs to where they are looked for in a folder."""
+    by_repo: dict[tuple[str, Path], dict[str, None]] = {}
+    for part, file in files:  # parts may share a file
+        by_repo.setdefault((part.repo, Path(folder, part.folder)), {})[file] = None
     return " && ".join(
-        f"hf download {repo} {' '.join(names)} --local-dir {folder}"
-        for repo, names in by_repo.items()
+        f"hf download {repo} {' '.join(names)} --local-dir {target}"
+        for (repo, target), names in by_repo.items()
     )
 
 
@@ -163,22 +186,22 @@ def cached(repo: str, file: str) -> bool:
 
 def from_hub(wanted: dict[str, Part]) -> dict[str, list[Path]]:
     """Out of the cache where all is there, without a connection; else downloaded into it."""
-    every = dict.fromkeys((part.repo, file) for part in wanted.values() for file in part.files)
-    for repo, file in every:
-        if cached(repo, file):
+    every = [(part, file) for part in wanted.values() for file in part.files]
+    for part, file in every:
+        if cached(part.repo, file):
             continue
         try:
-            hf_hub_download(repo, file)
+            hf_hub_download(part.repo, file)
         except (HfHubHTTPError, EntryNotFoundError, ConnectionError) as error:
-            missing = [(repo, file) for repo, file in every if not cached(repo, file)]
-            raise explain(error, repo, missing) from None
+            missing = [(part, file) for part, file in every if not cached(part.repo, file)]
+            raise explain(error, part.repo, missing) from None
     return {
         name: [Path(try_to_load_from_cache(part.repo, file)) for file in part.files]
         for name, part in wanted.items()
     }
 
 
-def explain(error: Exception, repo: str, missing: list[tuple[str, str]]) -> OSError:
+def explain(error: Exception, repo: str, missing: list[tuple[Part, str]]) -> OSError:
     """What to do when the hub gave no file: get access, or bring the files another way."""
     command = fetch(missing, "DIR")
     if no_access(error):
@@ -186,7 +209,7 @@ def explain(error: Exception, repo: str, missing: list[tuple[str, str]]) -> OSEr
             f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, run "
             f"`hf auth login`, then start again, or {command} and give --weights DIR"
         )
-    files = ", ".join(file for _, file in missing)
+    files = ", ".join(dict.fromkeys(file for _, file in missing))
     return FileNotFoundError(
         f"neither in the hub's cache nor to be had from the hub ({type(error).__name__}): {files}; "
         f"where there is a connection, {command}, then give --weights DIR"

@@ -13,7 +13,7 @@ the memory of the network and of one more tensor.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -158,6 +158,15 @@ def read_weights(
     return {name.removeprefix(prefix): tensors[name] for name in wanted}
 
 
+def as_named(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
+def share(shape: Sequence[int], count: int) -> Sequence[int]:
+    """The shape of one of `count` tensors that lie one below the other in one of `shape`."""
+    return shape if count == 1 else (shape[0] // count, *shape[1:])
+
+
 def load_weights(
     net: nn.Module,
     path: Path | Sequence[Path],
@@ -165,11 +174,25 @@ def load_weights(
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
+    stored: Callable[[str], tuple[str, ...]] = as_named,
 ) -> nn.Module:
-    """Assigns each tensor of the file, cast to `dtype`; see `read_weights`."""
-    tensors = read_weights(net.state_dict(), path, dtype, device, prefix, ignore)
-    for name, tensor in tensors.items():
-        assign(net, name, tensor)
+    """Assigns each tensor of the file, cast to `dtype`; see `read_weights`.
+
+    stored: from a name of the network to the file's; of several, each holds an equal share of the
+    rows.
+    """
+    state = net.state_dict()
+    parts = {name: stored(name) for name in state}
+    wanted = {
+        part: torch.empty(share(state[name].shape, len(parts[name])), device="meta")
+        for name in state
+        for part in parts[name]
+    }
+    read = read_weights(wanted, path, dtype, device, prefix, ignore)
+    tensors = {name: [read.pop(part) for part in parts[name]] for name in state}
+    for name in state:
+        pieces = tensors.pop(name)
+        assign(net, name, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     return net
 
 

@@ -118,6 +118,30 @@ def test_names_known_to_be_no_weights_are_ignored_exactly(path):
         load_weights(empty(), path, ignore=["position_ids", "mean"])
 
 
+def test_a_tensor_stored_in_parts_is_joined_row_by_row(path):
+    """Some layouts have query, key and value apart; names, shapes and numbers are as strict."""
+
+    def stored(name):
+        return ("upper", "lower") if name == "0.weight" else (name.replace("1.", "last."),)
+
+    upper, lower = small()[0].weight.detach().clone().chunk(2)
+    tensors = {"upper": upper, "lower": lower}
+    for name, tensor in load_file(path).items():
+        if name != "0.weight":
+            tensors[name.replace("1.", "last.")] = tensor
+    save_file(tensors, path)
+    assert same(load_weights(empty(), path, stored=stored), small())
+    for change, named in [
+        ({"upper": torch.zeros(4, 3)}, r"upper has shape \[4, 3\], the network wants \[2, 3\]"),
+        ({"lower": torch.full((2, 3), float("nan"))}, "lower holds values that are not finite"),
+    ]:
+        save_file(tensors | change, path)
+        net = small(seed=1)
+        with pytest.raises(ValueError, match=named):
+            load_weights(net, path, stored=stored)
+        assert same(net, small(seed=1))
+
+
 def test_loaded_weights_outlive_their_file(path):
     """Even where nothing is cast, they are copies: the file may be overwritten under them."""
     net = load_weights(empty(), path)
@@ -368,6 +392,50 @@ def test_a_file_of_several_networks_is_asked_for_once(tmp_path):
 def test_files_are_found_loose(tmp_path):
     found = find_files("flux-dev", PARTS, fill(tmp_path, LOOSE))
     assert [path for part in found.values() for path in part] == [tmp_path / n for n in LOOSE]
+
+
+VISION = {
+    "dinov2": ["dinov2-large/model.safetensors"],
+    "clip_vit": ["clip-vit-large-patch14/model.safetensors"],
+    "clip_vit_tokenizer": [
+        "clip-vit-large-patch14/vocab.json",
+        "clip-vit-large-patch14/merges.txt",
+    ],
+}
+
+
+def test_the_discriminators_networks_have_folders_of_their_own(tmp_path):
+    """Two repositories call their file model.safetensors; the command fetches each to its place."""
+    with pytest.raises(FileNotFoundError) as caught:
+        find_files("flux-schnell", VISION, tmp_path)
+    openai = "openai/clip-vit-large-patch14"
+    for words in (
+        "lacks dinov2-large/model.safetensors (or dinov2-large.safetensors)",
+        f"hf download facebook/dinov2-large model.safetensors --local-dir {tmp_path}/dinov2-large",
+        f"hf download {openai} model.safetensors vocab.json merges.txt --local-dir "
+        f"{tmp_path}/clip-vit-large-patch14",
+    ):
+        assert words in str(caught.value), str(caught.value)
+    fill(tmp_path, [name for names in VISION.values() for name in names])
+    found = find_files("flux-schnell", VISION, tmp_path)
+    assert found == {part: [tmp_path / name for name in names] for part, names in VISION.items()}
+
+
+@pytest.mark.parametrize(
+    "part, names",
+    [
+        ("dinov2", ["dinov2-large.safetensors"]),
+        ("dinov2", ["vit_large_patch14_dinov2.lvd142m/model.safetensors"]),
+        ("dinov2", ["vit_large_patch14_dinov2.lvd142m.safetensors"]),
+        ("clip_vit", ["clip-vit-large-patch14.safetensors"]),
+        ("clip_vit_tokenizer", ["tokenizer/vocab.json", "tokenizer/merges.txt"]),
+        ("clip_vit_tokenizer", ["vocab.json", "merges.txt"]),
+    ],
+)
+def test_the_discriminators_networks_have_other_names_too(tmp_path, part, names):
+    """timm's copy of DINOv2; loose files; the same tokenizer as it lies beside FLUX.1."""
+    found = find_files("flux-dev", [part], fill(tmp_path, names))
+    assert found[part] == [tmp_path / name for name in names]
 
 
 def test_a_folder_that_lacks_files_is_told_which_and_how_to_fetch_them(tmp_path, hub):
