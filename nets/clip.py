@@ -38,6 +38,7 @@ class CLIPConfig:
     projected: bool  # the pooled output goes through text_projection
     length: int = CLIP_LENGTH
     vocabulary: int = 49408
+    embedding: int = 0  # width of the projected output; 0: the tower's
 
 
 CLIP_L = CLIPConfig(768, 12, 12, 3072, quick_gelu, projected=False)
@@ -45,15 +46,15 @@ CLIP_G = CLIPConfig(1280, 32, 20, 5120, F.gelu, projected=True)
 
 
 class CLIPAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (per_head(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -68,11 +69,18 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPBlock(nn.Module):
-    def __init__(self, cfg: CLIPConfig):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor],
+        causal: bool = True,  # for text; not for images
+    ):
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
-        self.self_attn = CLIPAttention(cfg.width, cfg.heads)
-        self.mlp = CLIPMLP(cfg.width, cfg.hidden, cfg.activation)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn = CLIPAttention(width, heads, causal)
+        self.mlp = CLIPMLP(width, hidden, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -89,7 +97,8 @@ class CLIP(nn.Module):
             "token_embedding": nn.Embedding(cfg.vocabulary, cfg.width),
             "position_embedding": nn.Embedding(cfg.length, cfg.width),
         }
-        layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.depth))
+        block = (cfg.width, cfg.heads, cfg.hidden, cfg.activation)
+        layers = nn.ModuleList(CLIPBlock(*block) for _ in range(cfg.depth))
         self.text_model = nn.ModuleDict(
             {
                 "embeddings": nn.ModuleDict(embeddings),
@@ -98,7 +107,7 @@ class CLIP(nn.Module):
             }
         )
         if cfg.projected:
-            self.text_projection = nn.Linear(cfg.width, cfg.width, bias=False)
+            self.text_projection = nn.Linear(cfg.width, cfg.embedding or cfg.width, bias=False)
 
     def states(self, ids: Tensor) -> list[Tensor]:
         """ids (B, T) -> the embeddings, then what each block makes of them, (B, T, D) each."""

@@ -189,9 +189,8 @@ def load_weights(
         for part in parts[name]
     }
     read = read_weights(wanted, path, dtype, device, prefix, ignore)
-    tensors = {name: [read.pop(part) for part in parts[name]] for name in state}
     for name in state:
-        pieces = tensors.pop(name)
+        pieces = [read.pop(part) for part in parts[name]]
         assign(net, name, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     return net
 
