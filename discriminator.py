@@ -5,8 +5,9 @@
     adversarial losses   gan_loss, disc_loss  hinge
     DiffAugment          augment              colour, translation, cutout, of the images judged
 
-Images are (B, 3, H, W) in [-1, 1]. The heads follow the official code. Knows nothing of files,
-ranks or configuration.
+Images are (B, 3, H, W) in [-1, 1]. The heads follow the official code. The backbone may run in
+bf16; from its feature maps on everything is fp32, under autocast too. Knows nothing of files, ranks
+or configuration.
 """
 
 import math
@@ -42,16 +43,16 @@ class SpectralConv(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self) -> None:
-        matrix = self.weight.float().flatten(1)
+        matrix = self.weight.flatten(1)
         v = F.normalize(matrix.T @ self.u, dim=0)
         self.u.copy_(F.normalize(matrix @ v, dim=0))
 
     def normalised(self) -> Tensor:
-        """weight / sigma, sigma = u' W v in fp32; u and v count as constants."""
-        matrix = self.weight.float().flatten(1)
+        """weight / sigma, sigma = u' W v; u and v count as constants."""
+        matrix = self.weight.flatten(1)
         with torch.no_grad():
             v = F.normalize(matrix.T @ self.u, dim=0)
-        return (self.weight / (self.u @ matrix @ v)).to(self.weight.dtype)
+        return self.weight / (self.u @ matrix @ v)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.padding:
@@ -60,7 +61,7 @@ class SpectralConv(nn.Module):
 
 
 class GroupStatistics(nn.Module):
-    """Batch norm without memory, in fp32: per channel, over space and over groups of 8 samples."""
+    """Batch norm without memory: per channel, over space and over groups of 8 samples."""
 
     def __init__(self, channels: int, group: int = 8):
         super().__init__()
@@ -72,11 +73,10 @@ class GroupStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
-        for part in x.float().split(self.group):
+        for part in x.split(self.group):
             variance, mean = torch.var_mean(part, dim=(0, 2, 3), keepdim=True, correction=0)
             parts.append((part - mean) * (variance + 1e-5).rsqrt())
-        out = torch.cat(parts) * self.weight[:, None, None] + self.bias[:, None, None]
-        return out.to(x.dtype)
+        return torch.cat(parts) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Block(nn.Module):
@@ -134,13 +134,19 @@ class Head(nn.Module):
 
     def forward(self, image: Tensor, condition: Tensor) -> Tensor:
         """image (B, C, h, w), what `condition` gave -> logits (B, places)."""
-        return ((self.image(image) * condition).sum(1) / math.sqrt(EMBEDDING)).flatten(1)
+        return (self.image(image) * condition).sum(1).flatten(1) / math.sqrt(EMBEDDING)
+
+
+def fp32(net: nn.Module) -> torch.autocast:
+    """No autocast where this network is."""
+    return torch.autocast(next(net.parameters()).device.type, enabled=False)
 
 
 class Discriminator(nn.Module):
     """A frozen backbone and a trainable head for each of its feature maps.
 
     backbone: any module with `maps(image in [0, 1]) -> list of (B, width, h, w)`, `count` of them.
+    Its dtype is its own affair: pixels come in fp32, and the heads cast the maps to fp32.
     """
 
     def __init__(
@@ -152,22 +158,26 @@ class Discriminator(nn.Module):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image (B, 3, H, W) in [-1, 1] -> the backbone's maps."""
-        return self.backbone.maps((image + 1) / 2)
+        return self.backbone.maps((image.float() + 1) / 2)
 
     def power_iteration(self) -> None:
         """Once per discriminator step."""
-        for module in self.heads.modules():
-            if isinstance(module, SpectralConv):
-                module.power_iteration()
+        with fp32(self.heads):
+            for module in self.heads.modules():
+                if isinstance(module, SpectralConv):
+                    module.power_iteration()
 
     def condition(self, reference: list[Tensor], text: Tensor) -> list[Tensor]:
         """The reference's feature maps, text (B, text_width) -> what `forward` compares with."""
-        return [head.condition(x, text) for head, x in zip(self.heads, reference, strict=True)]
+        maps = zip(self.heads, reference, strict=True)
+        with fp32(self.heads):
+            return [head.condition(x.float(), text.float()) for head, x in maps]
 
     def forward(self, image: list[Tensor], condition: list[Tensor]) -> Tensor:
         """Feature maps of the image judged, the condition -> logits (B, places)."""
         maps = zip(self.heads, image, condition, strict=True)
-        return torch.cat([head(x, c) for head, x, c in maps], dim=1)
+        with fp32(self.heads):
+            return torch.cat([head(x.float(), c) for head, x, c in maps], dim=1)
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -181,15 +191,19 @@ def omega(schedule, tau: Tensor) -> Tensor:
 def gan_loss(
     disc: Discriminator, made: list[Tensor], reference: list[Tensor], text: Tensor, weight: Tensor
 ) -> Tensor:
-    """The student's adversarial loss, -mean(weight logits).
+    """The student's adversarial loss, -mean(weight logits), as a function of the features `made`.
 
-    Its gradient reaches the pixels behind `made`, never the heads (official code: it stays in the
-    heads and is applied with their next step).
+    Its gradient is taken here, in the features alone, so that it reaches the pixels behind them and
+    never the heads, sharded or not (official code: it stays in the heads and is applied with their
+    next step).
     """
-    disc.heads.requires_grad_(False)
-    logits = disc(made, disc.condition(reference, text))
-    disc.heads.requires_grad_(True)
-    return -(weight[:, None] * logits.float()).mean()
+    with torch.no_grad():
+        condition = disc.condition(reference, text)
+    leaves = [x.detach().requires_grad_() for x in made]
+    loss = -(weight[:, None] * disc(leaves, condition)).mean()
+    grads = torch.autograd.grad(loss, leaves)
+    carry = [((x - x.detach()) * g).sum() for x, g in zip(made, grads, strict=True)]  # zeros
+    return loss.detach() + sum(carry)
 
 
 def disc_loss(
@@ -206,8 +220,8 @@ def disc_loss(
     """
     real, made, reference = ([x.detach() for x in maps] for maps in (real, made, reference))
     condition = disc.condition(reference, text)
-    loss_real = F.relu(1 - disc(real, condition).float())
-    loss_made = F.relu(1 + disc(made, condition).float())
+    loss_real = F.relu(1 - disc(real, condition))
+    loss_made = F.relu(1 + disc(made, condition))
     return (weight[:, None] * (loss_real + loss_made)).mean()
 
 
