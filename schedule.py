@@ -77,7 +77,8 @@ class DDPM:
     """
 
     def __init__(self):
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        ends = (0.00085**0.5, 0.012**0.5)  # a table needs numbers, also inside a meta network
+        betas = torch.linspace(*ends, 1000, dtype=torch.float64, device="cpu") ** 2
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)  # (1000,)
 
     def warp(self, u: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     locate                   the files of all of them, or one error for what is missing
     build, load_denoiser     the denoiser alone, without or with weights
     load_vae, load_text      what stands around it
+    load_judges              the discriminator's frozen networks
     load_student             a file that train.py saved
     encode, uses_null        text to cond, and what guidance needs of it
     latent_shape, check_size, sampling_times
@@ -21,7 +22,7 @@ from torch import nn
 
 from model import Flux, FluxConfig, MMDiT, MMDiTConfig, silence_guidance
 from nets.clip import CLIP, CLIP_G, CLIP_L, CLIPConfig, load_open_clip
-from nets.files import NOT_WEIGHTS, OFFICIAL, find_files
+from nets.files import NOT_WEIGHTS, OFFICIAL, SHARED, find_files
 from nets.text import (
     T5,
     T5_LENGTH,
@@ -36,6 +37,14 @@ from nets.text import (
 )
 from nets.unet import UNETS, UNet, UNetConfig
 from nets.vae import VAE, VAES, Pixels, VAEConfig
+from nets.vision import (
+    CLIP_VIT_LARGE_TEXT,
+    DIGITS_VIT,
+    DINOV2_LARGE,
+    ViTConfig,
+    load_clip_text,
+    load_vit,
+)
 from nets.weights import load_weights, read_metadata
 from schedule import DDPM, Cond, Flow, grid, resolution_shift
 
@@ -47,6 +56,8 @@ class Networks:
     clip_l: CLIPConfig | None = None
     clip_g: CLIPConfig | None = None
     t5: T5Config | None = None
+    backbone: ViTConfig = DINOV2_LARGE  # of the discriminator
+    reader: CLIPConfig = CLIP_VIT_LARGE_TEXT  # of captions, for the discriminator
 
 
 DIGITS = MMDiTConfig(
@@ -60,25 +71,30 @@ DIGITS = MMDiTConfig(
     table=4,
 )
 NETWORKS = {
-    "digits": Networks(DIGITS),
+    "digits": Networks(DIGITS, backbone=DIGITS_VIT),
     "flux-dev": Networks(FluxConfig(guidance=True), VAES["flux"], CLIP_L, None, T5_XXL),
     "flux-schnell": Networks(FluxConfig(guidance=False), VAES["flux"], CLIP_L, None, T5_XXL),
     "sdxl": Networks(UNETS["sdxl"], VAES["sdxl"], CLIP_L, CLIP_G),
     "sd15": Networks(UNETS["sd15"], VAES["sd15"], CLIP_L),
 }
-EMBEDDED = {"denoiser": [Path(__file__).parent / "assets" / "teacher.safetensors"]}
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {
+    "denoiser": [ASSETS / "teacher.safetensors"],
+    "dinov2": [ASSETS / "backbone.safetensors"],
+}
 Files = dict[str, list[Path]]  # per part of a teacher
 
 
-def locate(teacher: str, weights: str = "", student: bool = False) -> Files:
+def locate(teacher: str, weights: str = "", student: bool = False, disc: bool = False) -> Files:
     """Every file a teacher is made of, found before anything is loaded.
 
     weights: a folder; "": the hub's cache, else downloaded. student: its denoiser is in a file of
-    its own, so the teacher's is not wanted.
+    its own, so the teacher's is not wanted. disc: the discriminator's frozen networks too.
     """
     if teacher == "digits":
         return EMBEDDED
     parts = [part for part in OFFICIAL[teacher] if not (student and part == "denoiser")]
+    parts += [*SHARED] if disc else []
     return find_files(teacher, parts, Path(weights) if weights else None)
 
 
@@ -181,6 +197,16 @@ def load_part(
     ignore = T5.duplicates if part == "t5" else NOT_WEIGHTS.get(teacher, ())
     load(net, files[part], dtype, device, prefix_of(teacher, part), ignore)
     return net.requires_grad_(False).eval()
+
+
+def load_judges(teacher: str, files: Files, dtype: torch.dtype, device: torch.device | str):
+    """The discriminator's frozen backbone, and what reads captions for it (its `embedding`)."""
+    nets = NETWORKS[teacher]
+    backbone = load_vit(nets.backbone, files["dinov2"][0], dtype, device)
+    if teacher == "digits":
+        return backbone, SceneText()
+    where = (*files["clip_vit"], *files["clip_vit_tokenizer"])
+    return backbone, load_clip_text(*where, dtype, device, nets.reader)
 
 
 def encode(

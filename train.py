@@ -35,15 +35,15 @@ from dmd import dmd_loss, fake_loss, student_input
 from ida import ida_update
 from isg import isg_loss
 from measures import Exam, exam_table, format_table
-from nets.text import SceneText
-from nets.vision import load_backbone
 from nets.weights import save_weights
 from pictures import curves, exam_pictures
 from schedule import Cond, Rng, generator, grid
 from teachers import (
+    Files,
     check_size,
     encode,
     latent_shape,
+    load_judges,
     load_start,
     load_teacher,
     load_text,
@@ -71,7 +71,8 @@ class Nets:
     teacher: nn.Module
     disc: Discriminator | None
     vae: nn.Module
-    text: nn.Module
+    text: nn.Module  # captions -> cond
+    reader: nn.Module | None  # captions -> what the discriminator reads of them
     ema: nn.Module  # the student's moving average; the student itself without one
 
 
@@ -195,7 +196,8 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 
 def build_nets(cfg: Config, device: torch.device) -> Nets:
     """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
-    files, frozen = locate(cfg.teacher, cfg.weights), torch.bfloat16 if cfg.bf16 else torch.float32
+    files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0)
+    frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     teacher = load_teacher(cfg.teacher, cfg.shift, files, frozen, device).requires_grad_(False)
     student = load_start(cfg.teacher, cfg.shift, files, device)
     parallel.copy_from_rank_zero(student)
@@ -206,17 +208,21 @@ def build_nets(cfg: Config, device: torch.device) -> Nets:
         parallel.recompute(fake)
     vae = load_vae(cfg.teacher, files, frozen, device)
     text = load_text(cfg.teacher, files, frozen, device)
-    disc = build_disc(cfg, device) if cfg.w_gan else None
-    return Nets(student, fake, teacher, disc, vae, text, ema)
+    disc, reader = build_disc(cfg, files, frozen, device) if cfg.w_gan else (None, None)
+    return Nets(student, fake, teacher, disc, vae, text, reader, ema)
 
 
-def build_disc(cfg: Config, device: torch.device) -> Discriminator:
-    backbone = load_backbone(cfg.teacher)
+def build_disc(
+    cfg: Config, files: Files, dtype: torch.dtype, device: torch.device
+) -> tuple[Discriminator, nn.Module]:
+    """The discriminator, and what reads captions for it."""
+    backbone, reader = load_judges(cfg.teacher, files, dtype, device)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
     maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
-    disc = Discriminator(backbone, width, maps, SceneText.pooled_width, cfg.disc_channels)
+    words = reader.embedding([""], device).shape[1]
+    disc = Discriminator(backbone, width, maps, words, cfg.disc_channels)
     parallel.copy_from_rank_zero(disc.to(device))
-    return disc
+    return disc, reader
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
@@ -240,7 +246,7 @@ def load_batch(step: int, data, nets: Nets, cfg: Config, device: torch.device) -
         x0_real = torch.zeros(cfg.batch, *latent_shape(cfg.teacher, cfg.size), device=device)
         return Batch(ids, None, x0_real, cond, uncond, None)
     images = pairs.images.to(device)
-    embedding = nets.text.embedding(pairs.captions).to(device) if nets.disc else None
+    embedding = nets.reader.embedding(pairs.captions, device) if nets.disc else None
     return Batch(ids, images, nets.vae.encode(images), cond, uncond, embedding)
 
 
@@ -272,7 +278,6 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
                 f"{out} holds a run of another configuration ({'; '.join(changed)}); "
                 "choose another folder with --out, or start anew with --overwrite"
             )
-    saved.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     return out
 
 
@@ -438,6 +443,8 @@ def main() -> None:
             exam.ask_teacher(nets.teacher)
     except (ValueError, OSError) as error:
         refuse(error)
+    if parallel.rank() == 0:  # not before: what was refused leaves nothing behind
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     start = time.time()
     try:
         run = train(cfg, out, nets, data, exam, device)

@@ -113,12 +113,12 @@ class SceneText(nn.Module):
     def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         return self.encode(self.tokens(captions).to(device))
 
-    def embedding(self, captions: list[str]) -> Tensor:
+    def embedding(self, captions: list[str], device: torch.device | str = "cpu") -> Tensor:
         """What the discriminator reads: the words (B, 5 words), L2-normalised.
 
         For the large teachers that is CLIP's text embedding.
         """
-        return F.normalize(self.encode(self.tokens(captions))["pooled"], dim=-1)
+        return F.normalize(self(captions, device)["pooled"], dim=-1)
 
 
 # --- tokenizers ----------------------------------------------------------------------------------

@@ -226,19 +226,6 @@ def load_vit(
     return load_weights(vit, path, dtype, device, **layout).requires_grad_(False).eval()
 
 
-def load_backbone(
-    teacher: str,
-    path: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> ViT:
-    """The frozen backbone of a teacher's discriminator. path: DINOv2's file, for all but digits."""
-    if teacher == "digits":
-        return load_vit(DIGITS_VIT, ASSETS / "backbone.safetensors", dtype, device)
-    assert path is not None, f"the discriminator of {teacher} needs the file of DINOv2"
-    return load_vit(DINOV2_LARGE, path, dtype, device)
-
-
 # --- CLIP ViT-L/14 -------------------------------------------------------------------------------
 
 

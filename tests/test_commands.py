@@ -112,7 +112,8 @@ def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, dam
     shutil.copytree(vision.ASSETS, copies)
     for module in (data, measures, vision):
         monkeypatch.setattr(module, "ASSETS", copies)
-    monkeypatch.setitem(teachers.EMBEDDED, "denoiser", [copies / "teacher.safetensors"])
+    for part, name_of in (("denoiser", "teacher"), ("dinov2", "backbone")):
+        monkeypatch.setitem(teachers.EMBEDDED, part, [copies / f"{name_of}.safetensors"])
     (broken,) = copies.glob(f"{name}.[ns]*")
     whole = broken.read_bytes()
     broken.unlink()

@@ -17,6 +17,7 @@ from torch import nn
 from nets.clip import CLIP, CLIPConfig, quick_gelu
 from nets.text import token_ids
 from nets.vision import (
+    ASSETS,
     CLIP_OTHERS,
     CLIP_VIT_LARGE,
     CLIP_VIT_LARGE_TEXT,
@@ -28,7 +29,6 @@ from nets.vision import (
     ViT,
     ViTConfig,
     hf_names,
-    load_backbone,
     load_clip_text,
     load_clip_vision,
     load_vit,
@@ -252,7 +252,7 @@ def test_recomputation_keeps_less_and_gives_the_same_gradient():
 
 
 def test_the_embedded_backbone_is_the_same_class_at_another_size():
-    vit = load_backbone("digits", dtype=torch.bfloat16)
+    vit = load_vit(DIGITS_VIT, ASSETS / "backbone.safetensors", torch.bfloat16)
     assert vit.cfg == DIGITS_VIT and not DIGITS_VIT.recompute
     assert vit.cls_token.dtype == torch.bfloat16
     assert [tuple(x.shape) for x in vit.maps(torch.rand(2, 3, 16, 16))] == 3 * [(2, 64, 8, 8)]

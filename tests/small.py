@@ -1,0 +1,112 @@
+"""The large teachers at a width of a dozen channels: official names, files and layouts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from model import FluxConfig
+from nets.clip import CLIP, to_open_clip
+from nets.files import OFFICIAL, SHARED
+from nets.text import T5, T5Config
+from nets.unet import UNETS
+from nets.vae import VAE, VAES
+from nets.vision import CLIP_VIT_LARGE_TEXT, DINOV2_LARGE, HF_MASK, ViT, hf_names
+from teachers import CLIP_G, CLIP_L, NETWORKS, Networks, build
+
+WORDS = 514  # single bytes, single bytes that end a word, two special tokens
+SMALL_L = replace(CLIP_L, width=12, depth=2, heads=2, hidden=24, vocabulary=WORDS)
+SMALL_G = replace(CLIP_G, width=20, depth=2, heads=2, hidden=24, vocabulary=WORDS)
+SMALL_T5 = T5Config(width=16, depth=2, heads=2, head=8, hidden=24, vocabulary=16)
+AROUND = {
+    "backbone": replace(DINOV2_LARGE, width=16, depth=3, heads=2, grid=3, hooks=(0, 2)),
+    "reader": replace(CLIP_VIT_LARGE_TEXT, width=12, depth=2, heads=2, hidden=24, vocabulary=WORDS),
+}
+
+
+def vae(name: str):
+    return replace(VAES[name], channels=4, width=6, multipliers=(1, 1, 1, 1), blocks=1, groups=3)
+
+
+def flux(guidance: bool) -> Networks:
+    sizes = {"channels": 4, "width": 12, "heads": 2, "double": 2, "single": 2, "axes": (2, 2, 2)}
+    denoiser = FluxConfig(guidance, **sizes, context_width=16, pooled_width=12)
+    return Networks(denoiser, vae("flux"), SMALL_L, None, SMALL_T5, **AROUND)
+
+
+UNET = {"multipliers": (1, 2), "width": 6, "blocks": 1, "groups": 3, "middle": 1}
+SMALL = {
+    "flux-dev": flux(guidance=True),
+    "flux-schnell": flux(guidance=False),
+    "sdxl": Networks(
+        replace(
+            UNETS["sdxl"],
+            **UNET,
+            depths=(0, 1),
+            context_width=12 + 20,
+            pooled_width=20 + 6 * 256,
+            head=3,
+        ),
+        *(vae("sdxl"), SMALL_L, SMALL_G),
+        **AROUND,
+    ),
+    "sd15": Networks(
+        replace(UNETS["sd15"], **UNET, depths=(1, 0), context_width=12, heads=2),
+        *(vae("sd15"), SMALL_L),
+        **AROUND,
+    ),
+}
+
+
+def make_official(teacher: str, folder: Path) -> None:
+    """A folder as --weights takes it, random weights; NETWORKS must hold the small sizes."""
+    nets, parts = NETWORKS[teacher], OFFICIAL[teacher] | SHARED
+    torch.manual_seed(1)
+    made = {"denoiser": build(teacher, 1.0), "vae": VAE(nets.vae), "clip_l": CLIP(nets.clip_l)}
+    made |= {"clip_g": CLIP(nets.clip_g)} if nets.clip_g else {}
+    made |= {"t5": T5(nets.t5)} if nets.t5 else {}
+    tensors = {name: net.state_dict() for name, net in made.items()}
+    if teacher == "sdxl":
+        tensors["clip_g"] = to_open_clip(tensors["clip_g"], nets.clip_g.depth)
+    tensors["dinov2"] = in_hf_names(ViT(nets.backbone))
+    tensors["clip_vit"] = CLIP(nets.reader).state_dict()
+    files: dict[Path, dict] = {}
+    for name, state in tensors.items():
+        part = parts[name]
+        for k, (key, tensor) in enumerate(sorted(state.items())):  # shards: dealt out
+            path = folder / part.folder / part.files[k % len(part.files)]
+            files.setdefault(path, {})[part.prefix + key] = tensor.bfloat16().contiguous()
+    for path, state in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, path)
+    for name, part in parts.items():
+        for file in part.files if name.endswith("tokenizer") else ():
+            write_tokenizer(folder / part.folder / file)
+
+
+def in_hf_names(vit: ViT) -> dict[str, torch.Tensor]:
+    named = {HF_MASK: torch.zeros(1, vit.cfg.width)}
+    for name, tensor in vit.state_dict().items():
+        names = hf_names(name)
+        named |= dict(zip(names, tensor.chunk(len(names)), strict=True)) if names[1:] else {}
+        named |= {names[0]: tensor} if not names[1:] else {}
+    return named
+
+
+def write_tokenizer(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "tokenizer.json":
+        pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁three", "s", "▁fox"]
+        model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2)
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.save(str(path))
+    elif path.name == "vocab.json":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+        path.write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    else:
+        path.write_text("#version: 0.2\n")

@@ -1,0 +1,238 @@
+"""The commands on the large teachers at reduced width: official folders in, students out.
+
+Names, layouts, tokenizers, text encoders, autoencoder, discriminator and losses are the real ones.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from small import SMALL, make_official
+from test_commands import command, refused  # noqa: F401 (a fixture)
+
+import sample
+import teachers
+import train
+from config import TEACHERS
+from nets.files import OFFICIAL
+from schedule import DDPM, Flow, resolution_shift
+
+TRAINED = [name for name in TEACHERS if name != "digits"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """folder(teacher): its files, made once."""
+    made = {}
+
+    def get(teacher):
+        if teacher not in made:
+            made[teacher] = tmp_path_factory.mktemp(teacher)
+            make_official(teacher, made[teacher])
+        return made[teacher]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def reduced(monkeypatch):
+    for teacher, networks in SMALL.items():
+        monkeypatch.setitem(teachers.NETWORKS, teacher, networks)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Five images of other shapes, with captions."""
+    place = tmp_path / "data"
+    place.mkdir()
+    for k in range(5):
+        pixels = torch.randint(0, 256, (40 + 9 * k, 70 - 5 * k, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(place / f"{k}.png")
+        (place / f"{k}.txt").write_text(f"a red fox {k}")
+    return place
+
+
+def header(path, prefix=""):
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return [(name, file.get_slice(name).get_shape()) for name in names], file.metadata()
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image), json.loads(image.text["settings"])
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", SMALL)
+def test_a_teacher_draws_from_its_official_files(command, folder, tmp_path, teacher):  # noqa: F811
+    """Rectangular; image k of several equals the same prompt and seed alone (in fp32, to one in
+    255)."""
+    (tmp_path / "prompts.txt").write_text("a red fox\nthree foxes\n")
+    flags = ["--teacher", teacher, "--weights", folder(teacher), "--steps", 2, "--dtype", "fp32"]
+    flags += ["--size", 32, 48]
+    many = ["--prompts", tmp_path / "prompts.txt", "--seed", 0, 1, "--batch", 3]
+    code, out, err = command(sample, *flags, *many, "--out", tmp_path / "many.png")
+    assert code == 0, err
+    alone = ["--prompt", "three foxes", "--seed", 1, "--out", tmp_path / "one.png"]
+    assert command(sample, *flags, *alone)[0] == 0
+    one, settings = pixels(tmp_path / "one.png")
+    assert one.shape == (32, 48, 3) and settings["prompt"] == "three foxes"
+    assert settings["size"] == [32, 48] and settings["seed"] == 1
+    fourth, _ = pixels(tmp_path / "many-003.png")
+    assert np.abs(one.astype(int) - fourth).max() <= 1
+    others = [pixels(tmp_path / f"many-00{k}.png")[0] for k in range(3)]
+    assert not any(np.array_equal(one, other) for other in others), "prompt and seed both matter"
+
+
+def test_flux_devs_times_are_shifted_by_the_size_of_the_image(command, folder, tmp_path):  # noqa: F811
+    """32 x 48 pixels are 6 patches; schnell's times are not shifted; a student keeps its own."""
+    for teacher, shift in (("flux-dev", resolution_shift(6)), ("flux-schnell", 1.0)):
+        flags = ["--teacher", teacher, "--weights", folder(teacher), "--size", 32, 48]
+        out = tmp_path / f"{teacher}.png"
+        assert command(sample, *flags, "--steps", 3, "--prompt", "fox", "--out", out)[0] == 0
+        u = torch.tensor([1, 2 / 3, 1 / 3], dtype=torch.float64)
+        assert pixels(out)[1]["taus"] == pytest.approx(Flow(shift).warp(u).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--size", 40, 48], "40 is no multiple of 16; the nearest: 32 or 48"),
+        (["--size", 8, 48], "8 is no multiple of 16; the nearest: 16"),
+        (["--weights", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_sampling_refuses_what_cannot_be(command, folder, flags, named):  # noqa: F811
+    given = ["--teacher", "flux-dev", "--weights", folder("flux-dev"), "--prompt", "fox", *flags]
+    refused(command(sample, *given), "sample.py: ", named)
+
+
+def test_every_missing_file_is_named_with_the_command_that_fetches_it(command, tmp_path):  # noqa: F811
+    given = ["--teacher", "flux-dev", "--weights", tmp_path, "--prompt", "fox"]
+    files = [file for part in OFFICIAL["flux-dev"].values() for file in part.files]
+    refused(command(sample, *given), *files, "hf download black-forest-labs/FLUX.1-dev")
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def flags_for(teacher, folder, data, out):
+    flags = ["--teacher", teacher, "--weights", folder(teacher), "--data", data, "--out", out]
+    flags += ["--size", 32, 48, "--batch", 2, "--steps", 4, "--ttur", 1, "--lr-warmup", 0]
+    return [*flags, "--lr", 1e-2, "--lr-fake", 1e-2, "--lr-disc", 1e-2]
+
+
+ALL_ON = ["--w-isg", 1, "--w-gan", 1, "--ida-decay", 0.97]
+
+
+@pytest.mark.parametrize("teacher", TRAINED)
+def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
+    command,  # noqa: F811
+    folder,
+    pictures,
+    tmp_path,
+    teacher,
+):
+    """Four iterations of the whole method: backward simulation, DMD, fake score, IDA, ISG and the
+    discriminator; batch 2, rectangular. The student's file has the teacher's names, shapes, order.
+    """
+    out = tmp_path / "run"
+    flags = flags_for(teacher, folder, pictures, out)
+    code, _, err = command(train, *flags, *ALL_ON, "--no-bf16", "--no-recompute")
+    assert code == 0, err
+    rows = (out / "log.csv").read_text().splitlines()
+    names, values = rows[0].split(","), [row.split(",") for row in rows[1:]]
+    columns = {name: [row[k] for row in values] for k, name in enumerate(names)}
+    for name in ("dmd", "isg", "fake"):
+        assert all(np.isfinite(float(x)) for x in columns[name]), name
+    judged = [x for x in columns["gan"] if x]
+    assert judged and all(np.isfinite(float(x)) for x in judged)
+    assert all(float(x) == 0 for x in columns["skipped"])
+
+    student, files = out / "student.safetensors", teachers.locate(teacher, str(folder(teacher)))
+    prefix = teachers.prefix_of(teacher, "denoiser")
+    (ours, about), (theirs, _) = header(student), header(files["denoiser"][0], prefix)
+    assert ours == theirs, "names, shapes and order are the teacher's"
+    assert about["teacher"] == teacher and len(json.loads(about["taus"])) == 4
+    start = teachers.load_start(teacher, 1.0, files, "cpu").state_dict()
+    end = teachers.load_student(student)[0].state_dict()
+    still = {name for name, tensor in end.items() if torch.equal(tensor, start[name])}
+    guidance = {name for name in end if name.startswith("guidance_in")}
+    assert still == guidance, f"did not move: {sorted(still - guidance)[:5]}"
+    drawn = ["--checkpoint", student, "--weights", folder(teacher), "--prompt", "a fox"]
+    assert command(sample, *drawn, "--out", tmp_path / "out.png")[0] == 0
+    assert pixels(tmp_path / "out.png")[0].shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("teacher", TRAINED)
+def test_bf16_and_recomputation_run_and_keep_fp32_weights(
+    command,  # noqa: F811
+    folder,
+    pictures,
+    tmp_path,
+    teacher,
+    monkeypatch,
+):
+    """As on a GPU: frozen networks in bf16, trained ones in fp32 under autocast."""
+    kept = []
+    build = train.build_nets
+    monkeypatch.setattr(train, "build_nets", lambda *given: kept.append(build(*given)) or kept[-1])
+    flags = flags_for(teacher, folder, pictures, tmp_path / "run")
+    code, _, err = command(train, *flags, *ALL_ON, "--steps", 2)
+    assert code == 0, err
+    nets = kept[0]
+    for net, dtype in (
+        (nets.teacher, torch.bfloat16),
+        (nets.student, torch.float32),
+        (nets.fake, torch.float32),
+        (nets.disc.heads, torch.float32),
+        (nets.disc.backbone, torch.bfloat16),
+    ):
+        assert {p.dtype for p in net.parameters()} == {dtype}
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_the_flux_student_ignores_guidance_bit_for_bit(command, folder, pictures, tmp_path):  # noqa: F811
+    """Its file still loads as flux1-dev, with a guidance input that changes nothing."""
+    out = tmp_path / "run"
+    assert command(train, *flags_for("flux-dev", folder, pictures, out), "--no-gan")[0] == 0
+    net, _ = teachers.load_student(out / "student.safetensors")
+    x_t, t = torch.randn(2, 4, 4, 6), torch.tensor([0.9, 0.5])
+    cond = {"context": torch.randn(2, 7, 16), "pooled": torch.randn(2, 12)}
+    with torch.no_grad():
+        without = net(x_t, t, cond)
+        for g in (0.0, 3.5, 100.0):
+            assert torch.equal(net(x_t, t, cond | {"guidance": torch.full((2,), g)}), without)
+
+
+def test_prompts_alone_train_without_a_discriminator(command, folder, tmp_path):  # noqa: F811
+    """Then every input is backward simulation; with a discriminator it is refused."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox\n\nthree foxes\n")
+    flags = flags_for("flux-dev", folder, prompts, tmp_path / "run")
+    refused(command(train, *flags), "no images to judge by", "--no-gan")
+    assert command(train, *flags, "--no-gan")[0] == 0
+
+
+def test_training_refuses_data_that_are_not_there(command, folder, tmp_path):  # noqa: F811
+    flags = flags_for("flux-dev", folder, tmp_path / "nowhere", tmp_path / "run")
+    refused(command(train, *flags), "nowhere", "folder of images", "--no-gan")
+    (tmp_path / "empty").mkdir()
+    flags = flags_for("flux-dev", folder, tmp_path / "empty", tmp_path / "run")
+    refused(command(train, *flags), "no image with a caption")
+    refused(command(train, "--teacher", "flux-schnell"), 'unknown teacher "flux-schnell"')
+
+
+def test_the_presets_anchors_are_the_papers():
+    """FLUX's by number, SDXL's entries 999, 749, 499, 249 of the table."""
+    assert train.anchors(TEACHERS["flux-dev"], Flow()) == (1.0, 0.904, 0.759, 0.512)
+    for teacher in ("sdxl", "sd15"):
+        assert train.anchors(TEACHERS[teacher], DDPM()) == pytest.approx(
+            (0.999, 0.749, 0.499, 0.249)
+        )
