@@ -48,9 +48,13 @@ def flux(repo: str, transformer: str) -> dict[str, Part]:
     }
 
 
+# Stability's files hold both, under these prefixes.
+COMBINED = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}
+
+
 def single_file(repo: str, file: str, encoders: dict[str, str]) -> dict[str, Part]:
     """UNet, autoencoder and text encoders (part: prefix) in one file, tokenizers beside it."""
-    prefixes = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model.", **encoders}
+    prefixes = {**COMBINED, **encoders}
     parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in prefixes.items()}
     loose = (("vocab.json", "merges.txt"),)  # CLIP's encoders share one vocabulary
     for name, folder in zip(encoders, ("tokenizer", "tokenizer_2"), strict=False):
@@ -59,9 +63,29 @@ def single_file(repo: str, file: str, encoders: dict[str, str]) -> dict[str, Par
     return parts
 
 
+def sd35(repo: str, file: str) -> dict[str, Part]:
+    """Transformer and autoencoder in one file, text encoders and tokenizers beside it.
+
+    Whoever runs it without T5 does not ask for `t5` and `t5_tokenizer`.
+    """
+    parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in COMBINED.items()}
+    clip, t5 = ("vocab.json", "merges.txt"), ("tokenizer.json",)  # the CLIPs' are the same
+    for name, encoder, folder, words in (
+        ("clip_l", "clip_l.safetensors", "tokenizer", clip),
+        ("clip_g", "clip_g.safetensors", "tokenizer_2", clip),
+        ("t5", "t5xxl_fp16.safetensors", "tokenizer_3", t5),
+    ):
+        files = tuple(f"{folder}/{file}" for file in words)
+        parts[name] = Part(repo, (f"text_encoders/{encoder}",), ((encoder,),))
+        parts[f"{name}_tokenizer"] = Part(repo, files, (words,))
+    return parts
+
+
 OFFICIAL = {
     "flux-dev": flux("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
     "flux-schnell": flux("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors"),
+    "sd35-large": sd35("stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors"),
+    "sd35-medium": sd35("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors"),
     "sdxl": single_file(
         "stabilityai/stable-diffusion-xl-base-1.0",
         "sd_xl_base_1.0.safetensors",

@@ -380,6 +380,45 @@ def test_networks_of_a_single_file_are_found_in_it(tmp_path, teacher):
     assert {path for paths in found.values() for path in paths} == set(loose.iterdir())
 
 
+SD35 = ("text_encoders/clip_l", "text_encoders/clip_g", "text_encoders/t5xxl_fp16")
+WORDS = ("vocab.json", "merges.txt")
+
+
+@pytest.mark.parametrize("size", ["large", "medium"])
+def test_sd35s_encoders_are_found_beside_the_file_of_both_networks(tmp_path, size):
+    """As the hub lays them out, or all loose in one folder."""
+    teacher, own = f"sd35-{size}", f"sd3.5_{size}.safetensors"
+    parts = OFFICIAL[teacher]
+    assert {part.repo for part in parts.values()} == {f"stabilityai/stable-diffusion-3.5-{size}"}
+    folder = fill(tmp_path / "w", official(teacher))
+    found = find_files(teacher, parts, folder)
+    assert found["denoiser"] == found["vae"] == [folder / own]
+    assert (parts["denoiser"].prefix, parts["vae"].prefix) == (
+        "model.diffusion_model.",
+        "first_stage_model.",
+    )
+    for name, file in zip(("clip_l", "clip_g", "t5"), SD35, strict=True):
+        assert found[name] == [folder / f"{file}.safetensors"] and not parts[name].prefix
+    assert found["clip_l_tokenizer"] == [folder / "tokenizer" / name for name in WORDS]
+    assert found["clip_g_tokenizer"] == [folder / "tokenizer_2" / name for name in WORDS]
+    assert found["t5_tokenizer"] == [folder / "tokenizer_3" / "tokenizer.json"]
+    names = [own, *WORDS, "tokenizer.json", *(f"{Path(file).name}.safetensors" for file in SD35)]
+    loose = fill(tmp_path / "loose", names)
+    found = find_files(teacher, parts, loose)
+    assert {path for paths in found.values() for path in paths} == set(loose.iterdir())
+
+
+def test_sd35_is_found_without_t5_only_if_it_is_not_asked_for(tmp_path):
+    """To run without it is a choice, never what a missing file leads to."""
+    names = [file for file in official("sd35-large") if "t5" not in file and "_3" not in file]
+    folder = fill(tmp_path, names)
+    less = [name for name in OFFICIAL["sd35-large"] if not name.startswith("t5")]
+    found = find_files("sd35-large", less, folder)
+    assert {path for paths in found.values() for path in paths} == {folder / n for n in names}
+    with pytest.raises(FileNotFoundError, match="lacks text_encoders/t5xxl_fp16.* tokenizer_3/"):
+        find_files("sd35-large", OFFICIAL["sd35-large"], folder)
+
+
 def test_a_file_of_several_networks_is_asked_for_once(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         find_files("sdxl", OFFICIAL["sdxl"], fill(tmp_path, []))
