@@ -4,13 +4,15 @@
     Flux    FLUX.1-dev and FLUX.1-schnell; silence_guidance makes of dev what a student is
 
 Called as `net(x_t, t, cond)`: latents in, prediction out, both (B, C, H, W). Patches, positions and
-the factor 1000 on time stay in here; `net.schedule` says what the prediction means. `net.blocks()`
-lists the transformer blocks, for whoever shards or recomputes them from outside.
+the factor 1000 on time stay in here; `net.schedule` says what the prediction means. A network casts
+its inputs to the dtype of its weights, and its prediction to that of x_t; time stays in fp32 until
+it is embedded. `net.blocks()` lists the transformer blocks, for whoever shards or recomputes them
+from outside.
 
 B batch, C H W latent, P patch, L image tokens, T text tokens, D width, N heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -36,6 +38,11 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Over a head's channels, in the dtype of x (under autocast the weight's is wider)."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=1e-6).to(x.dtype)
+
+
 def count_patches(x_t: Tensor, patch: int) -> tuple[int, int]:
     """Rows and columns of patches in (B, C, H, W)."""
     height, width = x_t.shape[-2:]
@@ -56,7 +63,7 @@ class Embedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+        return self.mlp(x.to(self.mlp[0].weight.dtype))
 
 
 class PatchEmbed(nn.Module):
@@ -77,6 +84,13 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class RMSNorm(nn.RMSNorm):
+    """`rms_norm` with its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
+
+
 class Attention(nn.Module):
     """q, k, v with q/k RMS norm per head, and the output projection.
 
@@ -87,10 +101,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.ln_q, self.ln_k = (
-            nn.RMSNorm(width // heads, eps=1e-6),
-            nn.RMSNorm(width // heads, eps=1e-6),
-        )
+        self.ln_q, self.ln_k = RMSNorm(width // heads), RMSNorm(width // heads)
         if project:
             self.proj = nn.Linear(width, width)
 
@@ -180,13 +191,27 @@ class MMDiTConfig:
     context_width: int  # of the text tokens
     pooled_width: int  # of the pooled text vector
     table: int  # the position table has table x table entries
-    dual_blocks: int = 0  # the first blocks with a second attention (SD 3.5 Medium: 13)
+    dual_blocks: int = 0  # the first blocks with a second attention
+
+
+SD35_LARGE = MMDiTConfig(
+    patch=2,
+    channels=16,
+    width=2432,
+    depth=38,
+    heads=38,
+    context_width=4096,
+    pooled_width=2048,
+    table=192,
+)
+SD35_MEDIUM = replace(SD35_LARGE, width=1536, depth=24, heads=24, table=384, dual_blocks=13)
 
 
 class MMDiT(nn.Module):
     """The multimodal diffusion transformer of SD 3.5.
 
-    cond: context (B, T, context_width), pooled (B, pooled_width).
+    cond: context (B, T, context_width), pooled (B, pooled_width). The prediction has the dtype of
+    x_t.
     """
 
     def __init__(self, cfg: MMDiTConfig, schedule: Flow):
@@ -217,14 +242,18 @@ class MMDiT(nn.Module):
         assert max(rows, columns) <= self.cfg.table, (
             f"at most {self.cfg.table} patches a side, got {rows} x {columns}"
         )
-        x = self.x_embedder(x_t) + self.positions(rows, columns)  # (B, L, D)
-        context = self.context_embedder(cond["context"])  # (B, T, D)
-        c = self.t_embedder(time_embedding(1000 * t).to(x.dtype)) + self.y_embedder(
-            cond["pooled"]
-        )  # (B, D)
+        dtype = self.pos_embed.dtype
+        x = self.x_embedder(x_t.to(dtype))
+        x = x + self.positions(rows, columns).to(x.dtype)  # (B, L, D)
+        context = self.context_embedder(cond["context"].to(dtype))  # (B, T, D)
+        c = self.embed(t, cond)  # (B, D)
         for block in self.joint_blocks:
             context, x = block(context, x, c)
-        return self.unpatchify(self.final_layer(x, c), rows, columns)
+        return self.unpatchify(self.final_layer(x, c), rows, columns).to(x_t.dtype)
+
+    def embed(self, t: Tensor, cond: Cond) -> Tensor:
+        """Time and pooled text as one vector (B, D)."""
+        return self.t_embedder(time_embedding(1000 * t)) + self.y_embedder(cond["pooled"])
 
     def unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
         patch = self.cfg.patch
@@ -315,14 +344,14 @@ class Modulation(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over a head's channels, in the dtype of x (under autocast the weight's is wider)."""
+    """`RMSNorm` under FLUX's names."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.scale.to(x.dtype), eps=1e-6).to(x.dtype)
+        return rms_norm(x, self.scale)
 
 
 class QKNorm(nn.Module):
