@@ -5,6 +5,7 @@
     t5_tokenizer    from the official tokenizer.json
     T5              the encoder of T5 v1.1, with the Hugging Face tensor names
     FluxText        FLUX.1: T5's state of every token, and CLIP-L's one vector
+    SD35Text        SD 3.5: both CLIPs' states and T5's, and both CLIPs' one vector
     SDXLText        SDXL: both CLIPs' states of every token, CLIP-G's one vector, sizes
     SD15Text        SD 1.5: CLIP-L's state of every token
 
@@ -123,7 +124,7 @@ class SceneText(nn.Module):
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
-T5_LENGTH = {"flux-dev": 512, "flux-schnell": 256}
+T5_LENGTH = {"flux-dev": 512, "flux-schnell": 256, "sd35-large": 256, "sd35-medium": 256}
 T5_END = 1  # the id of </s>
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = (
@@ -328,6 +329,59 @@ class FluxText(nn.Module):
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> dict[str, Tensor]:
         """Token ids -> cond."""
         return {"context": self.t5(t5_ids), "pooled": self.clip(clip_ids)[2]}
+
+    @torch.no_grad()  # the encoders are never trained
+    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return self.encode(*(ids.to(device) for ids in self.tokens(captions)))
+
+
+# --- SD 3.5 --------------------------------------------------------------------------------------
+
+
+class SD35Text(nn.Module):
+    """Prompts as SD 3.5 reads them.
+
+    context (B, 77 + 256, 4096): the penultimate states of CLIP-L (768) and CLIP-G (1280), filled up
+    with zeros to T5's width, then T5's last hidden state; zeros in its place where there is no T5.
+    pooled (B, 2048): CLIP-L's vector (768) and CLIP-G's projected one (1280), at their end tokens.
+    Both in the dtype of the encoders' weights. The empty prompt is encoded like any other.
+    """
+
+    def __init__(
+        self,
+        clip_l: CLIP,
+        clip_g: CLIP,
+        tokenizer_l: Tokenizer,
+        tokenizer_g: Tokenizer,
+        t5: T5 | None = None,
+        t5_tokenizer: Tokenizer | None = None,
+        blank: tuple[int, int] = (T5_LENGTH["sd35-large"], T5_XXL.width),
+    ):
+        """tokenizer_g fills up with 0; blank: tokens and width of a T5 that is not there."""
+        super().__init__()
+        assert (t5 is None) == (t5_tokenizer is None), "T5 comes with its tokenizer, or neither"
+        self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
+        self.tokenizer_l, self.tokenizer_g = tokenizer_l, tokenizer_g
+        self.t5_tokenizer, self.blank = t5_tokenizer, blank
+
+    def tokens(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """CLIP-L's ids and CLIP-G's, (B, 77) each; T5's (B, T) where there is one."""
+        tokenizers = self.tokenizer_l, self.tokenizer_g, self.t5_tokenizer
+        return tuple(token_ids(each, captions) for each in tokenizers if each is not None)
+
+    def encode(
+        self, ids_l: Tensor, ids_g: Tensor, t5_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Token ids -> cond."""
+        _, states_l, pooled_l = self.clip_l(ids_l)
+        _, states_g, pooled_g = self.clip_g(ids_g)
+        words = torch.cat([states_l, states_g], dim=-1)
+        pieces = words.new_zeros(len(words), *self.blank) if self.t5 is None else self.t5(t5_ids)
+        room = pieces.shape[-1] - words.shape[-1]
+        assert room >= 0, f"T5's states are the wider ones, got {pieces.shape} after {words.shape}"
+        words = F.pad(words, (0, room))
+        pooled = torch.cat([pooled_l, pooled_g], dim=-1)
+        return {"context": torch.cat([words, pieces], dim=1), "pooled": pooled}
 
     @torch.no_grad()  # the encoders are never trained
     def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from model import SD35_LARGE, SD35_MEDIUM
 from nets.clip import (
     CLIP,
     CLIP_G,
@@ -26,9 +27,11 @@ from nets.clip import (
 )
 from nets.text import (
     T5,
+    T5_LENGTH,
     T5_XXL,
     FluxText,
     SD15Text,
+    SD35Text,
     SDXLText,
     T5Config,
     clip_tokenizer,
@@ -424,9 +427,99 @@ def test_a_prompt_is_read_alike_alone_and_among_others(text):
             close(text([prompt])[name], tensor[b : b + 1])
 
 
-# --- SDXL, SD 1.5 --------------------------------------------------------------------------------
+# --- SD 3.5 --------------------------------------------------------------------------------------
 
 PROMPTS = ["a photo of a cat", "", "hello world"]
+
+
+@pytest.fixture(scope="module")
+def encoders(clip_files, t5_file):
+    """Two CLIPs of 12 and 20 channels and a T5 of 40, with their tokenizers: CLIP's, T5's."""
+    torch.manual_seed(0)
+    clip_l = CLIP(CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False))
+    clip_g = CLIP(CLIPConfig(20, 3, 2, 24, F.gelu, projected=True))
+    t5 = T5(T5Config(width=40, depth=2, heads=2, head=4, hidden=24, vocabulary=9))
+    clips = clip_l, clip_g, clip_tokenizer(*clip_files), clip_tokenizer(*clip_files, 0)
+    return clips, (t5, t5_tokenizer(t5_file, 10))
+
+
+@pytest.fixture(scope="module")
+def sd35(encoders):
+    clips, t5 = encoders
+    return SD35Text(*clips, *t5)
+
+
+@pytest.fixture(scope="module")
+def sd35_without_t5(encoders):
+    return SD35Text(*encoders[0], blank=(10, 40))
+
+
+def test_sd35_reads_both_clips_then_t5(sd35):
+    """Side by side on channels, zeros up to T5's width, then T5's tokens after CLIP's."""
+    cond = sd35(PROMPTS)
+    ids_l, ids_g, t5_ids = sd35.tokens(PROMPTS)
+    assert ids_l.shape == ids_g.shape == (3, 77) and t5_ids.shape == (3, 10)
+    assert cond.keys() == {"context", "pooled"} and cond["context"].shape == (3, 77 + 10, 40)
+    words, pieces = cond["context"].split([77, 10], dim=1)
+    close(words[..., :12], sd35.clip_l.states(ids_l)[-2])
+    close(words[..., 12:32], sd35.clip_g.states(ids_g)[-2])
+    assert not words[..., 32:].any()
+    close(pieces, sd35.t5(t5_ids))
+    assert not cond["context"].requires_grad and not cond["pooled"].requires_grad
+
+
+def test_sd35s_pooled_vector_is_both_clips_at_their_end_only_clip_gs_projected(sd35):
+    pooled = sd35(PROMPTS)["pooled"]
+    ids_l, ids_g, _ = sd35.tokens(PROMPTS)
+    ends = [row.index(END) for row in ids_l.tolist()]
+    assert ends == [row.index(END) for row in ids_g.tolist()] and pooled.shape == (3, 12 + 20)
+    last_l, last_g = (
+        clip.text_model.final_layer_norm(clip.states(ids)[-1])[torch.arange(3), ends]
+        for clip, ids in [(sd35.clip_l, ids_l), (sd35.clip_g, ids_g)]
+    )
+    close(pooled[:, :12], last_l)
+    close(pooled[:, 12:], last_g @ sd35.clip_g.text_projection.weight.T)
+
+
+def test_sd35s_second_encoder_is_filled_up_with_zeros(sd35):
+    """The first with the end token, T5 with zeros after its own end."""
+    ids_l, ids_g, t5_ids = sd35.tokens([""])
+    assert ids_l.tolist() == [[START] + 76 * [END]]
+    assert ids_g.tolist() == [[START, END] + 75 * [0]]
+    assert t5_ids.tolist() == [[1] + 9 * [0]]
+
+
+def test_without_t5_its_tokens_are_zeros(sd35, sd35_without_t5):
+    """The rest stays as it is, bit for bit; there are no ids for T5, and no weights."""
+    full, less = sd35(PROMPTS), sd35_without_t5(PROMPTS)
+    assert less["context"].shape == full["context"].shape
+    assert not less["context"][:, 77:].any() and full["context"][:, 77:].any(dim=2).all()
+    assert torch.equal(less["context"][:, :77], full["context"][:, :77])
+    assert torch.equal(less["pooled"], full["pooled"])
+    assert len(sd35_without_t5.tokens(PROMPTS)) == 2
+    assert not [name for name in sd35_without_t5.state_dict() if name.startswith("t5")]
+
+
+def test_sd35s_context_has_the_official_size_without_t5(encoders):
+    """77 tokens of CLIP's and 256 of T5's, as wide as T5-XXL, which is what both networks take."""
+    assert SD35Text(*encoders[0])(["a cat"])["context"].shape == (1, 77 + 256, 4096)
+    assert T5_LENGTH["sd35-large"] == T5_LENGTH["sd35-medium"] == 256
+    for cfg in (SD35_LARGE, SD35_MEDIUM):
+        assert cfg.context_width == T5_XXL.width == 4096
+        assert cfg.pooled_width == CLIP_L.width + CLIP_G.width == 2048
+
+
+def test_sd35_refuses_half_a_t5_and_one_that_is_too_narrow(encoders):
+    """Nothing may be cut off in silence."""
+    clips, (t5, tokenizer) = encoders
+    for half in [(t5, None), (None, tokenizer)]:
+        with pytest.raises(AssertionError, match="T5 comes with its tokenizer"):
+            SD35Text(*clips, *half)
+    with pytest.raises(AssertionError, match="T5's states are the wider ones"):
+        SD35Text(*clips, blank=(10, 31))(["a cat"])
+
+
+# --- SDXL, SD 1.5 --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +603,7 @@ def test_sd15_reads_clips_last_state(sd15):
     assert ids[1].tolist() == [START] + 76 * [END]
 
 
-@pytest.mark.parametrize("which", ["sdxl", "sd15"])
+@pytest.mark.parametrize("which", ["sdxl", "sd15", "sd35", "sd35_without_t5"])
 def test_clips_prompts_are_read_alike_alone_and_among_others(which, request):
     text = request.getfixturevalue(which)
     together = text(PROMPTS)
@@ -528,3 +621,5 @@ def test_conditioning_has_the_encoders_dtype(clip_files):
     cond = SDXLText(clip_l, clip_g, *tokenizers).bfloat16()(["a cat"], sizes=(1023,) * 6)
     assert {tensor.dtype for tensor in cond.values()} == {torch.bfloat16}
     assert torch.equal(cond["pooled"][:, 20:], size_embedding(torch.full((1, 6), 1023)).bfloat16())
+    cond = SD35Text(clip_l, clip_g, *tokenizers).bfloat16()(["a cat"])
+    assert {tensor.dtype for tensor in cond.values()} == {torch.bfloat16}
