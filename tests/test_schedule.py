@@ -61,7 +61,7 @@ def test_ddpm_table_has_the_published_values():
 
 
 def test_grids_are_those_of_the_teachers():
-    assert grid(Flow(3.0), 4) == pytest.approx([1, 0.9, 0.75, 0.5])  # SD 3.5
+    assert grid(Flow(3.0), 4) == [1, 0.9, 0.75, 0.5]  # SD 3.5
     assert grid(Flow(), 4) == [1, 0.75, 0.5, 0.25]
     assert grid(Flow(2.0), 4) == pytest.approx([1, 6 / 7, 2 / 3, 0.4])  # the embedded teacher
 
@@ -92,6 +92,13 @@ def test_ddpm_samples_on_the_last_entries_of_equal_parts():
 
 def test_flux_schnell_samples_unshifted():
     assert [*grid(Flow(), 4), 0.0] == PUBLISHED["flux"]["schnell_unshifted"]["4"]
+
+
+def test_sd35s_students_are_asked_at_entries_of_the_shifted_table():
+    """999, 749, 499, 249 of a thousand, entry i at the shifted (i + 1) / 1000: exactly the grid of
+    four steps."""
+    u = (torch.tensor([999, 749, 499, 249], dtype=torch.float64) + 1) / 1000
+    assert Flow(3.0).warp(u).tolist() == [1, 0.9, 0.75, 0.5] == grid(Flow(3.0), 4)
 
 
 def test_sd35_samples_on_its_published_grids():
