@@ -19,6 +19,7 @@ class Config:
     size: tuple[int, int] = (1024, 1024)    # height and width of the images, pixels
     data: str = "data"                      # images with captions, or prompts (digits: its own)
     weights: str = ""                       # folder of the official files; "": the hub
+    t5: bool = True                         # SD 3.5: read captions with T5 too, not with CLIP alone
     bf16: bool = True                       # compute in bf16; trained weights and losses stay fp32
     # the student
     student_steps: int = 4                  # K anchors, evenly spaced before the shift
@@ -113,6 +114,38 @@ TEACHERS = {
         lr_disc=1e-5,
         lr_warmup=500,
         lr_start=0.5,
+    ),
+    "sd35-large": Config(
+        teacher="sd35-large",
+        shift=3.0,
+        guidance=3.5,
+        guidance_dmd=(3.0, 10.0),
+        guidance_isg=(5.0, 5.0),
+        w_isg=1.0,
+        isg_margin=0.05,
+        w_gan=0.1,
+        steps=10_000,
+        batch=1,
+        lr=1e-6,
+        lr_fake=1e-6,
+        lr_disc=1e-6,
+    ),
+    "sd35-medium": Config(
+        teacher="sd35-medium",
+        shift=3.0,
+        ttur=10,
+        ida_decay=0.98,
+        guidance=4.5,
+        guidance_dmd=(2.0, 8.0),
+        guidance_isg=(2.0, 4.0),
+        w_isg=0.5,
+        isg_margin=0.05,
+        w_gan=0.1,
+        steps=10_000,
+        batch=1,
+        lr=1e-6,
+        lr_fake=1e-6,
+        lr_disc=1e-6,
     ),
     "sdxl": Config(
         teacher="sdxl",

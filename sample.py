@@ -71,6 +71,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, help="images at a time; default: 64 digits, else 1")
     parser.add_argument("--weights", default="", help="folder of the official files")
+    without = "SD 3.5: read prompts without T5, which need not be there then"
+    parser.add_argument("--no-t5", action="store_true", help=without)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, the embedded task fp32")
     parser.add_argument("--scale", type=int, help="enlargement; default: 1, the embedded task 8")
     parser.add_argument("--out", type=Path, default=Path("out.png"))
@@ -163,7 +165,7 @@ def main() -> None:
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
         teacher, size, dtype = settings["teacher"], settings["size"], DTYPES[settings["dtype"]]
-        files = locate(teacher, given.weights, student=bool(given.checkpoint))
+        files = locate(teacher, given.weights, bool(given.checkpoint), t5=not given.no_t5)
         text = load_text(teacher, files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]
         conds = encode_all(text, prompts, given.batch, device, size)

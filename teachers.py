@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import Flux, FluxConfig, MMDiT, MMDiTConfig, silence_guidance
+from model import (
+    SD35_LARGE,
+    SD35_MEDIUM,
+    Flux,
+    FluxConfig,
+    MMDiT,
+    MMDiTConfig,
+    silence_guidance,
+)
 from nets.clip import CLIP, CLIP_G, CLIP_L, CLIPConfig, load_open_clip
 from nets.files import NOT_WEIGHTS, OFFICIAL, SHARED, find_files
 from nets.text import (
@@ -30,6 +38,7 @@ from nets.text import (
     FluxText,
     SceneText,
     SD15Text,
+    SD35Text,
     SDXLText,
     T5Config,
     clip_tokenizer,
@@ -74,6 +83,8 @@ NETWORKS = {
     "digits": Networks(DIGITS, backbone=DIGITS_VIT),
     "flux-dev": Networks(FluxConfig(guidance=True), VAES["flux"], CLIP_L, None, T5_XXL),
     "flux-schnell": Networks(FluxConfig(guidance=False), VAES["flux"], CLIP_L, None, T5_XXL),
+    "sd35-large": Networks(SD35_LARGE, VAES["sd35"], CLIP_L, CLIP_G, T5_XXL),
+    "sd35-medium": Networks(SD35_MEDIUM, VAES["sd35"], CLIP_L, CLIP_G, T5_XXL),
     "sdxl": Networks(UNETS["sdxl"], VAES["sdxl"], CLIP_L, CLIP_G),
     "sd15": Networks(UNETS["sd15"], VAES["sd15"], CLIP_L),
 }
@@ -85,15 +96,23 @@ EMBEDDED = {
 Files = dict[str, list[Path]]  # per part of a teacher
 
 
-def locate(teacher: str, weights: str = "", student: bool = False, disc: bool = False) -> Files:
+def locate(
+    teacher: str, weights: str = "", student: bool = False, disc: bool = False, t5: bool = True
+) -> Files:
     """Every file a teacher is made of, found before anything is loaded.
 
     weights: a folder; "": the hub's cache, else downloaded. student: its denoiser is in a file of
-    its own, so the teacher's is not wanted. disc: the discriminator's frozen networks too.
+    its own, so the teacher's is not wanted. disc: the discriminator's frozen networks too. t5:
+    SD 3.5 also works without.
     """
     if teacher == "digits":
         return EMBEDDED
-    parts = [part for part in OFFICIAL[teacher] if not (student and part == "denoiser")]
+    left_out = {"denoiser"} if student else set()
+    if not t5:
+        if not teacher.startswith("sd35"):
+            raise ValueError(f"--no-t5: only SD 3.5 does without T5, {teacher} does not")
+        left_out |= {"t5", "t5_tokenizer"}
+    parts = [part for part in OFFICIAL[teacher] if part not in left_out]
     parts += [*SHARED] if disc else []
     return find_files(teacher, parts, Path(weights) if weights else None)
 
@@ -169,15 +188,20 @@ def load_text(teacher: str, files: Files, *how) -> nn.Module:
         return SceneText()
     clip_l = load_part(CLIP, nets.clip_l, teacher, "clip_l", files, *how)
     tokenizer_l = clip_tokenizer(*files["clip_l_tokenizer"])
-    if nets.t5:
-        t5 = load_part(T5, nets.t5, teacher, "t5", files, *how)
+    t5 = ()
+    if "t5" in files:
         pieces = t5_tokenizer(*files["t5_tokenizer"], T5_LENGTH[teacher])
-        return FluxText(clip_l, t5, tokenizer_l, pieces)
-    if nets.clip_g:
-        clip_g = load_part(CLIP, nets.clip_g, teacher, "clip_g", files, *how)
-        tokenizer_g = clip_tokenizer(*files["clip_g_tokenizer"], 0)
-        return SDXLText(clip_l, clip_g, tokenizer_l, tokenizer_g)
-    return SD15Text(clip_l, tokenizer_l)
+        t5 = load_part(T5, nets.t5, teacher, "t5", files, *how), pieces
+    if isinstance(nets.denoiser, FluxConfig):
+        return FluxText(clip_l, t5[0], tokenizer_l, t5[1])
+    if nets.clip_g is None:
+        return SD15Text(clip_l, tokenizer_l)
+    clip_g = load_part(CLIP, nets.clip_g, teacher, "clip_g", files, *how)
+    both = clip_l, clip_g, tokenizer_l, clip_tokenizer(*files["clip_g_tokenizer"], 0)
+    if isinstance(nets.denoiser, UNetConfig):
+        return SDXLText(*both)
+    blank = T5_LENGTH[teacher], nets.denoiser.context_width  # what stands there without T5
+    return SD35Text(*both, *t5, blank=blank)
 
 
 def load_part(
@@ -254,9 +278,12 @@ def check_size(teacher: str, size: tuple[int, int]) -> None:
 def sampling_times(
     teacher: str, schedule: Flow | DDPM, steps: int, size: tuple[int, int]
 ) -> list[float]:
-    """The times a teacher samples at. FLUX.1-dev's shift grows with the image."""
+    """The times a teacher's official sampler visits. FLUX.1-dev's shift grows with the image."""
     if teacher == "flux-dev":
         _, height, width = latent_shape(teacher, size)
         patch = NETWORKS[teacher].denoiser.patch
         return grid(Flow(resolution_shift(height * width // patch**2)), steps)
+    if teacher.startswith("sd35"):
+        last = float(schedule.warp(torch.tensor(0.001, dtype=torch.float64)))
+        return grid(schedule, steps, last)
     return grid(schedule, steps)

@@ -196,7 +196,7 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 
 def build_nets(cfg: Config, device: torch.device) -> Nets:
     """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
-    files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0)
+    files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     teacher = load_teacher(cfg.teacher, cfg.shift, files, frozen, device).requires_grad_(False)
     student = load_start(cfg.teacher, cfg.shift, files, device)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import FluxConfig
+from model import FluxConfig, MMDiTConfig
 from nets.clip import CLIP, to_open_clip
 from nets.files import OFFICIAL, SHARED
 from nets.text import T5, T5Config
@@ -37,10 +37,19 @@ def flux(guidance: bool) -> Networks:
     return Networks(denoiser, vae("flux"), SMALL_L, None, SMALL_T5, **AROUND)
 
 
+def sd35(dual_blocks: int) -> Networks:
+    sizes = {"patch": 2, "channels": 4, "width": 12, "depth": 3, "heads": 2, "table": 6}
+    text = {"context_width": 40, "pooled_width": 12 + 20}  # 40: at least both CLIPs side by side
+    denoiser = MMDiTConfig(**sizes, **text, dual_blocks=dual_blocks)
+    return Networks(denoiser, vae("sd35"), SMALL_L, SMALL_G, replace(SMALL_T5, width=40), **AROUND)
+
+
 UNET = {"multipliers": (1, 2), "width": 6, "blocks": 1, "groups": 3, "middle": 1}
 SMALL = {
     "flux-dev": flux(guidance=True),
     "flux-schnell": flux(guidance=False),
+    "sd35-large": sd35(dual_blocks=0),
+    "sd35-medium": sd35(dual_blocks=2),
     "sdxl": Networks(
         replace(
             UNETS["sdxl"],
