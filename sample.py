@@ -110,7 +110,7 @@ def encode_all(
     conds = {}
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
-        cond = encode(text, part, device, size)
+        cond = encode(text, part, device, (*size, 0, 0, *size))
         for k, caption in enumerate(part):
             conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
     return conds

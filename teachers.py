@@ -6,7 +6,8 @@
     load_vae, load_text      what stands around it
     load_judges              the discriminator's frozen networks
     load_student             a file that train.py saved
-    encode, uses_null        text to cond, and what guidance needs of it
+    encode, null_for         captions to cond, and to what guidance leads away from
+    uses_null
     latent_shape, check_size, sampling_times
 
 Weights go to `dtype`, a tensor at a time. Errors are FileNotFoundError, PermissionError (a gated
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import (
     SD35_LARGE,
@@ -32,6 +33,7 @@ from model import (
 from nets.clip import CLIP, CLIP_G, CLIP_L, CLIPConfig, load_open_clip
 from nets.files import NOT_WEIGHTS, OFFICIAL, SHARED, find_files
 from nets.text import (
+    SIZE_WIDTH,
     T5,
     T5_LENGTH,
     T5_XXL,
@@ -234,12 +236,28 @@ def load_judges(teacher: str, files: Files, dtype: torch.dtype, device: torch.de
 
 
 def encode(
-    text: nn.Module, captions: list[str], device: torch.device | str, size: tuple[int, int]
+    text: nn.Module,
+    captions: list[str],
+    device: torch.device | str,
+    sizes: Tensor | tuple[int, ...],
 ) -> Cond:
-    """Captions -> cond. size: height and width of the images in pixels, which SDXL is told."""
+    """Captions -> cond.
+
+    sizes (6,) or (B, 6): original height and width, crop's top and left, height and width made, in
+    pixels; only SDXL is told.
+    """
     if isinstance(text, SDXLText):
-        return text(captions, device, (*size, 0, 0, *size))
+        return text(captions, device, sizes)
     return text(captions, device)
+
+
+def null_for(text: nn.Module, null: Cond, cond: Cond) -> Cond:
+    """The null caption, encoded once (1, ...), for every row of `cond`; SDXL: of the same sizes."""
+    rows = {name: tensor.expand_as(cond[name]) for name, tensor in null.items()}
+    if isinstance(text, SDXLText):
+        words, sizes = rows["pooled"], cond["pooled"][:, -SIZE_WIDTH:]
+        rows["pooled"] = torch.cat([words[:, :-SIZE_WIDTH], sizes], dim=1)
+    return rows
 
 
 # --- guidance, sizes, times ----------------------------------------------------------------------

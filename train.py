@@ -49,6 +49,7 @@ from teachers import (
     load_text,
     load_vae,
     locate,
+    null_for,
     prefix_of,
     uses_null,
 )
@@ -73,6 +74,7 @@ class Nets:
     vae: nn.Module
     text: nn.Module  # captions -> cond
     reader: nn.Module | None  # captions -> what the discriminator reads of them
+    null: Cond | None  # the null caption, encoded once; None: guidance is the teacher's input
     ema: nn.Module  # the student's moving average; the student itself without one
 
 
@@ -209,7 +211,9 @@ def build_nets(cfg: Config, device: torch.device) -> Nets:
     vae = load_vae(cfg.teacher, files, frozen, device)
     text = load_text(cfg.teacher, files, frozen, device)
     disc, reader = build_disc(cfg, files, frozen, device) if cfg.w_gan else (None, None)
-    return Nets(student, fake, teacher, disc, vae, text, reader, ema)
+    sizes = (*cfg.size, 0, 0, *cfg.size)
+    null = encode(text, [""], device, sizes) if uses_null(cfg.teacher) else None
+    return Nets(student, fake, teacher, disc, vae, text, reader, null, ema)
 
 
 def build_disc(
@@ -238,10 +242,9 @@ def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
 @torch.no_grad()
 def load_batch(step: int, data, nets: Nets, cfg: Config, device: torch.device) -> Batch:
     ids = batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
-    pairs, nothing = data(ids), [""] * cfg.batch
-    cond, uncond = encode(nets.text, pairs.captions, device, cfg.size), None
-    if uses_null(cfg.teacher):
-        uncond = encode(nets.text, nothing, device, cfg.size)
+    pairs = data(ids)
+    cond = encode(nets.text, pairs.captions, device, (*cfg.size, 0, 0, *cfg.size))
+    uncond = null_for(nets.text, nets.null, cond) if nets.null else None
     if pairs.images is None:
         x0_real = torch.zeros(cfg.batch, *latent_shape(cfg.teacher, cfg.size), device=device)
         return Batch(ids, None, x0_real, cond, uncond, None)

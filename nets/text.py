@@ -391,6 +391,7 @@ class SD35Text(nn.Module):
 # --- SDXL ----------------------------------------------------------------------------------------
 
 SDXL_SIZES = (1024, 1024, 0, 0, 1024, 1024)  # an image of the trained size, whole
+SIZE_WIDTH = 6 * 256  # of the embedded sizes, the last part of `pooled`
 
 
 def size_embedding(sizes: Tensor, dim: int = 256) -> Tensor:

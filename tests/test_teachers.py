@@ -3,6 +3,7 @@
 Names, layouts, tokenizers, text encoders, autoencoder, discriminator and losses are the real ones.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -17,7 +18,8 @@ from test_commands import command, refused  # noqa: F401 (a fixture)
 import sample
 import teachers
 import train
-from config import TEACHERS
+from config import TEACHERS, resolve
+from data import open_data
 from nets.files import OFFICIAL
 from schedule import DDPM, Flow, resolution_shift
 
@@ -199,6 +201,29 @@ def test_bf16_and_recomputation_run_and_keep_fp32_weights(
     ):
         assert {p.dtype for p in net.parameters()} == {dtype}
         assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("teacher", TRAINED)
+def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
+    """Kept from the start, for every batch; equal to encoding it again, each with its own sizes.
+
+    FLUX has none: the scale is its teacher's input.
+    """
+    cfg = resolve(teacher=teacher, weights=str(folder(teacher)), data=str(pictures), size=(32, 48))
+    cfg = dataclasses.replace(cfg, batch=2, w_gan=0.0, bf16=False)
+    nets = train.build_nets(cfg, torch.device("cpu"))
+    read = []
+    nets.text.register_forward_pre_hook(lambda _, given: read.extend(given[0]))
+    data = open_data(teacher, cfg.data, cfg.size, 0)
+    batch = train.load_batch(0, data, nets, cfg, torch.device("cpu"))
+    assert len(read) == 2 and "" not in read
+    assert (batch.uncond is None) == (teacher == "flux-dev")
+    if batch.uncond:
+        sizes = torch.tensor([[32, 48, 0, 0, 32, 48], [50, 70, 8, 4, 32, 48]])
+        cond = teachers.encode(nets.text, ["a red fox"] * 2, "cpu", sizes)
+        again = teachers.encode(nets.text, ["", ""], "cpu", sizes)
+        for name, tensor in teachers.null_for(nets.text, nets.null, cond).items():
+            torch.testing.assert_close(tensor, again[name])
 
 
 def test_the_flux_student_ignores_guidance_bit_for_bit(command, folder, pictures, tmp_path):  # noqa: F811
