@@ -434,11 +434,11 @@ def main() -> None:
     try:
         cfg, given = arguments()
         device = parallel.start()
-        out = prepare_folder(cfg, given.overwrite)
         check_size(cfg.teacher, cfg.size)
         data = open_data(cfg.teacher, cfg.data, cfg.size, cfg.seed)
         if isinstance(data, Prompts) and cfg.w_gan:
             raise ValueError(f"--data {cfg.data} has no images to judge by; add --no-gan")
+        out = prepare_folder(cfg, given.overwrite)
         nets = build_nets(cfg, device)
         examined = cfg.teacher == "digits" and (cfg.table or cfg.exam_every > 0)
         exam = Exam(cfg.guidance) if examined and parallel.rank() == 0 else None
