@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
@@ -77,6 +78,19 @@ def exam_pictures(
     rows = torch.tensor([[i * exam.samples + k for k in range(shown)] for i in chosen])
     captions = [exam.prompts[i * exam.samples] for i in chosen]
     side_by_side(path, captions, {title: images[rows] for title, images in columns.items()})
+
+
+def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int = 256) -> None:
+    """`side_by_side` for large images: shrunk until no side is longer than `side`.
+
+    columns: title -> (captions, samples, 3, H, W).
+    """
+    shrunk = {}
+    for title, images in columns.items():
+        scale = min(1.0, side / max(images.shape[-2:]))
+        small = F.interpolate(images.flatten(0, 1), scale_factor=scale, mode="area")
+        shrunk[title] = small.unflatten(0, images.shape[:2])
+    side_by_side(path, captions, shrunk, scale=1)
 
 
 CURVES = ("dmd", "isg", "fake", "gan disc", "fd", "accuracy clean", "digits colours arrangements")
