@@ -2,13 +2,13 @@
 
     DigitScenes   the embedded task: two real handwritten digits, coloured, side by side or stacked,
                   with a caption that names some attributes and leaves others open
-    ImageFolder   images, each with its caption in a text file beside it
-    Prompts       captions alone
+    Prompts       captions alone; images with captions are in images.py
     open_data     the one that --data names
 
 Sample i of a data set is a function of (seed, i) alone, so nothing needs saving to resume, and any
-number of ranks sees the same samples: `batch_ids` deals them out. A data set is called with sample
-numbers and returns something with `captions` and `images`, (B, 3, H, W) in [-1, 1] or None.
+number of ranks and threads sees the same samples: `batch_ids` deals them out. A data set is called
+with sample numbers and returns something with `captions`, `images`, (B, 3, H, W) in [-1, 1] or
+None, and `sizes`, (B, 6) or None; `remark()` is what there is to say of bad samples.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,19 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from images import (
+    Epochs,
+    ImageFiles,
+    Images,
+    Pairs,
+    Shards,
+    expand,
+    list_folder,
+    list_json,
+    read_text,
+)
 from nets.text import ANY_DIGIT, COLOURS, DIGITS, WORD_ID, attributes
 from schedule import generator
 
@@ -68,6 +78,7 @@ class Scenes:
     arrangement: Tensor  # (B,) index into ARRANGEMENTS
     captions: list[str]
     images: Tensor  # (B, 3, 16, 16) in [-1, 1], black ground
+    sizes: None = None  # whole, as they are
 
     @property
     def axis(self) -> Tensor:
@@ -117,6 +128,9 @@ class DigitScenes:
         ]
         images = self._draw(colours, digits, arrangement, u, jitter)
         return Scenes(colours, digits, arrangement, captions, images)
+
+    def remark(self) -> str:
+        return ""
 
     def matching(self, ids: Tensor) -> Tensor:
         """An image of a scene that fits, for each of the captions ids (B, 5): (B, 3, 16, 16)."""
@@ -192,87 +206,79 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 # --- images and captions of one's own ------------------------------------------------------------
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMS = (
-    "a folder of images with their captions in .txt files of the same names, or, "
-    "with --no-gan, a text file of prompts, one a line"
+    "--data takes a folder of images with their captions in .txt files of the same names; a .json "
+    "or .jsonl list of images and captions; WebDataset shards, as a folder of .tar files, one of "
+    "them, or a pattern like 'shards/{000..127}.tar'; or a .txt file of prompts, one a line. "
+    "To start without images: --data prompts.txt --no-gan"
 )
-
-
-@dataclass
-class Pairs:
-    captions: list[str]
-    images: Tensor | None  # (B, 3, H, W) in [-1, 1]
-
-
-def shuffled(i: int, count: int, seed: int) -> int:
-    """Which of `count` items sample i is: every epoch each once, in an order of its own."""
-    order = torch.randperm(count, generator=generator("epoch", seed, i // count))
-    return int(order[i % count])
-
-
-class ImageFolder:
-    """NAME.jpg (.jpeg, .png, .webp) with NAME.txt beside it, in any depth of folders."""
-
-    def __init__(self, path: Path, size: tuple[int, int], seed: int):
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        self.images = [p for p in images if p.with_suffix(".txt").is_file()]
-        if not self.images:
-            raise ValueError(f"{path} holds no image with a caption; --data takes {FORMS}")
-        self.left_out = len(images) - len(self.images)  # images without a caption
-        self.size, self.seed = size, seed
-
-    def __call__(self, ids: range | list[int]) -> Pairs:
-        """Raises ValueError that names a file that cannot be read."""
-        paths = [self.images[shuffled(i, len(self.images), self.seed)] for i in ids]
-        captions = [read_caption(path.with_suffix(".txt")) for path in paths]
-        return Pairs(captions, torch.stack([read_image(path, self.size) for path in paths]))
 
 
 class Prompts:
     """The lines of a text file."""
 
     def __init__(self, path: Path, seed: int):
-        self.captions = [line.strip() for line in read_caption(path).splitlines() if line.strip()]
+        self.captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not self.captions:
-            raise ValueError(f"{path} holds no prompt; --data takes {FORMS}")
-        self.seed = seed
+            raise ValueError(f"--data {path} holds no prompt. {FORMS}")
+        count = len(self.captions)
+        self.epochs = Epochs(count, lambda draw: torch.randperm(count, generator=draw), seed)
 
     def __call__(self, ids: range | list[int]) -> Pairs:
-        return Pairs([self.captions[shuffled(i, len(self.captions), self.seed)] for i in ids], None)
+        return Pairs([self.captions[self.epochs.item(i)] for i in ids], None)
 
-
-def read_caption(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text; correct or remove it") from None
-
-
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in [-1, 1]: the middle of the image, upright, its shape kept; over white."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); replace or remove it") from None
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 127.5 - 1
+    def remark(self) -> str:
+        return ""
 
 
 def open_data(
-    teacher: str, path: str, size: tuple[int, int], seed: int
-) -> DigitScenes | ImageFolder | Prompts:
-    """Raises ValueError or FileNotFoundError."""
+    teacher: str,
+    path: str,
+    size: tuple[int, int],
+    seed: int,
+    crop: str = "centre",
+    buckets: bool = False,
+    batch: int = 1,
+) -> DigitScenes | Images | Prompts:
+    """crop: "centre" | "random"; buckets: batches, of `batch` samples, of different aspect ratios.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if teacher == "digits":
         return DigitScenes(seed)
+    if crop not in ("centre", "random"):
+        raise ValueError(f'--crop is "{crop}"; choose from centre, random')
+    if buckets and (size[0] % 64 or size[1] % 64):
+        raise ValueError(f"--size {size[0]} {size[1]}: with --buckets, sides are multiples of 64")
+    if Path(path).suffix == ".txt" and Path(path).is_file():
+        return Prompts(Path(path), seed)
+    source = open_source(path)
+    if not len(source):
+        broken = "".join(f"; {name}: {why}" for name, why in list(source.damaged.items())[:5])
+        raise ValueError(f"--data {path} holds no image with a caption{broken}. {FORMS}")
+    return Images(source, size, seed, crop, buckets, batch)
+
+
+def open_source(path: str) -> ImageFiles | Shards:
     where = Path(path)
-    if not where.exists():
-        raise FileNotFoundError(f"--data {path} is missing; it takes {FORMS}")
     if where.is_dir():
-        return ImageFolder(where, size, seed)
-    if where.suffix == ".txt":
-        return Prompts(where, seed)
-    raise ValueError(f"--data {path} is neither a folder nor a .txt file; it takes {FORMS}")
+        tars = sorted(where.glob("*.tar"))
+        return Shards(tars) if tars else list_folder(where)
+    if where.suffix == ".tar":
+        tars = expand(path)
+        missing = [tar for tar in tars if not tar.is_file()]
+        if missing or not tars:
+            first = f": {len(missing)} of {len(tars)} shards, first {missing[0]}" if tars else ""
+            raise FileNotFoundError(f"--data {path} is missing{first}. {FORMS}")
+        return Shards(tars)
+    if not where.exists():
+        raise FileNotFoundError(f"--data {path} is missing. {FORMS}")
+    if where.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"--data {path} is none of these. {FORMS}")
+    files = list_json(where)
+    if len(files) and not any(image.is_file() for image in files.images[:20]):
+        raise ValueError(
+            f"--data {path}: {files.images[0]} is missing, and so are those listed next; "
+            "paths are relative to the list"
+        )
+    return files

@@ -19,7 +19,8 @@ ALLOWED = {
     "dmd": {"schedule"},
     "isg": {"schedule"},
     "discriminator": {"nets"},
-    "data": {"config", "schedule", "parallel", "nets"},
+    "images": {"schedule"},
+    "data": {"config", "schedule", "parallel", "nets", "images"},
     "model": {"config", "schedule", "parallel", "nets"},
 }
 
