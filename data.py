@@ -4,6 +4,7 @@
                   with a caption that names some attributes and leaves others open
     Prompts       captions alone; images with captions are in images.py
     open_data     the one that --data names
+    Ahead         its batches, read by threads while the networks learn
 
 Sample i of a data set is a function of (seed, i) alone, so nothing needs saving to resume, and any
 number of ranks and threads sees the same samples: `batch_ids` deals them out. A data set is called
@@ -11,6 +12,9 @@ with sample numbers and returns something with `captions`, `images`, (B, 3, H, W
 None, and `sizes`, (B, 6) or None; `remark()` is what there is to say of bad samples.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -282,3 +286,56 @@ def open_source(path: str) -> ImageFiles | Shards:
             "paths are relative to the list"
         )
     return files
+
+
+# --- reading ahead -------------------------------------------------------------------------------
+
+
+class Ahead:
+    """The batches of these steps, in order; `workers` threads read two batches each in advance.
+
+        with Ahead(data, ids_of_step, workers, range(first, last)) as batches:
+            for batch in batches:
+
+    Threads suffice: pillow decodes and scales outside of the interpreter's lock. Without workers
+    each batch is read when asked for. An error comes with the batch it belongs to.
+    """
+
+    def __init__(
+        self,
+        data: Callable[[range], Pairs | Scenes],
+        ids_of_step: Callable[[int], range],
+        workers: int,
+        steps: Iterable[int],
+    ):
+        self.data, self.ids_of_step, self.steps = data, ids_of_step, iter(steps)
+        self.pool = ThreadPoolExecutor(workers, "data") if workers else None
+        self.waiting: deque[Future] = deque()
+        for _ in range(2 * workers):
+            self._ask()
+
+    def __iter__(self) -> Iterator[Pairs | Scenes]:
+        return self
+
+    def __next__(self) -> Pairs | Scenes:
+        if self.pool is None:
+            return self.data(self.ids_of_step(next(self.steps)))
+        if not self.waiting:
+            raise StopIteration
+        batch = self.waiting.popleft().result()
+        self._ask()
+        return batch
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Returns when no thread is left: what is being read is finished, what waits is dropped."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+            self.waiting.clear()
+
+    def _ask(self) -> None:
+        step = next(self.steps, None)
+        if step is not None:
+            self.waiting.append(self.pool.submit(self.data, self.ids_of_step(step)))

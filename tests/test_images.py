@@ -5,7 +5,8 @@ import json
 import random
 import struct
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import images
-from data import batch_ids, open_data
+from data import Ahead, batch_ids, open_data
 from images import Epochs, bucket_sizes, cut, expand, in_batches, tar_members, upright
 
 COUNT, SIZE = 24, (16, 16)
@@ -109,8 +110,8 @@ def captions_of(path: str, ranks: int, workers: int, steps: range, batch: int = 
     for rank in range(ranks):
         data = open_data("flux-dev", path, SIZE, seed=5)
         ids = [batch_ids(step, batch, rank, ranks) for step in steps]
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            for n, pairs in zip(ids, pool.map(data, ids), strict=True):
+        with Ahead(data, ids.__getitem__, workers, range(len(ids))) as batches:
+            for n, pairs in zip(ids, batches, strict=True):
                 seen.update(zip(n, pairs.captions, strict=True))
                 if pairs.images is not None:
                     red = ((pairs.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
@@ -538,6 +539,69 @@ def test_no_damage_to_an_image_ends_a_run():
             refused += 1
             assert images.reason(error) and "\n" not in images.reason(error)
     assert 200 < refused < 1000
+
+
+# --- reading ahead -------------------------------------------------------------------------------
+
+
+class Slow:
+    """A data set whose batches take longer the earlier they are asked for."""
+
+    def __init__(self, bad: int | None = None):
+        self.bad, self.asked, self.at_once, self.most = bad, [], 0, 0
+        self.lock = threading.Lock()
+
+    def __call__(self, ids):
+        with self.lock:
+            self.asked.append(ids[0])
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        time.sleep(0.02 if ids[0] % 3 == 0 else 0.001)
+        with self.lock:
+            self.at_once -= 1
+        if ids[0] == self.bad:
+            raise ValueError("too many samples are bad")
+        return list(ids)
+
+
+def of_step(step: int) -> range:
+    return range(step, step + 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_batches_come_in_order_from_any_step(workers):
+    for steps in (range(12), range(7, 12), range(3, 3)):
+        with Ahead(Slow(), of_step, workers, steps) as batches:
+            assert list(batches) == [[step] for step in steps]
+
+
+def test_workers_read_at_once_and_not_too_far_ahead():
+    data = Slow()
+    with Ahead(data, of_step, 3, range(100)) as batches:
+        for _ in range(5):
+            next(batches)
+        assert len(data.asked) <= 5 + 6
+    assert data.most == 3
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_leaving_the_loop_leaves_no_thread(workers):
+    before, data = set(threading.enumerate()), Slow()
+    with pytest.raises(KeyboardInterrupt), Ahead(data, of_step, workers, range(50)) as batches:
+        next(batches)
+        raise KeyboardInterrupt
+    assert set(threading.enumerate()) == before and data.at_once == 0
+    asked = len(data.asked)
+    time.sleep(0.05)
+    assert len(data.asked) == asked < 20
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_error_comes_with_its_batch(workers):
+    with Ahead(Slow(bad=4), of_step, workers, range(50)) as batches:
+        assert [next(batches) for _ in range(4)] == [[0], [1], [2], [3]]
+        with pytest.raises(ValueError, match="too many samples are bad"):
+            next(batches)
 
 
 # --- what --data cannot be -----------------------------------------------------------------------
