@@ -258,7 +258,7 @@ def open_data(
         return Prompts(Path(path), seed)
     source = open_source(path)
     if not len(source):
-        broken = "".join(f"; {name}: {why}" for name, why in list(source.damaged.items())[:5])
+        broken = "".join(f"; {name}: {why}" for name, why in list(source.faults.items())[:5])
         raise ValueError(f"--data {path} holds no image with a caption{broken}. {FORMS}")
     return Images(source, size, seed, crop, buckets, batch)
 

@@ -59,9 +59,8 @@ class Pairs:
 class ImageFiles:
     """Image files, each with its caption or the text file that holds it."""
 
-    def __init__(self, images: list[Path], captions: list[str | Path], left_out: int = 0):
-        self.images, self.captions = images, captions
-        self.left_out, self.damaged = left_out, {}  # images without a caption; no file is a tar
+    def __init__(self, images: list[Path], captions: list[str | Path], faults: dict[str, str]):
+        self.images, self.captions, self.faults = images, captions, faults
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,7 +86,9 @@ def list_folder(path: Path) -> ImageFiles:
     files = set(path.rglob("*"))
     images = sorted(p for p in files if p.suffix.lower() in SUFFIXES)
     chosen = [p for p in images if p.with_suffix(".txt") in files]
-    return ImageFiles(chosen, [p.with_suffix(".txt") for p in chosen], len(images) - len(chosen))
+    bare = len(images) - len(chosen)
+    faults = {str(path): f"{bare} images without a caption"} if bare else {}
+    return ImageFiles(chosen, [p.with_suffix(".txt") for p in chosen], faults)
 
 
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name")
@@ -123,7 +124,7 @@ def list_json(path: Path) -> ImageFiles:
         if not isinstance(image, str) or not image:
             raise ValueError(f"{path}: entry {number} names no image")
     captions = [caption if isinstance(caption, str) else "" for caption in captions]
-    return ImageFiles([path.parent / image for image in images], captions)
+    return ImageFiles([path.parent / image for image in images], captions, {})
 
 
 def field(entry: dict, names: Iterable[str]):
@@ -159,11 +160,8 @@ class Shards:
         self.keys = np.concatenate([np.array(shard.keys, dtype="S") for shard in shards])
         rows = [np.array(shard.rows, dtype=np.int64).reshape(-1, 5) for shard in shards]
         self.rows = np.concatenate(rows)
-        self.left_out = sum(shard.left_out for shard in shards)
-        self.damaged = {
-            str(path): shard.damage
-            for path, shard in zip(paths, shards, strict=True)
-            if shard.damage
+        self.faults = {
+            str(path): shard.fault for path, shard in zip(paths, shards, strict=True) if shard.fault
         }
 
     def __len__(self) -> int:
@@ -212,25 +210,22 @@ class Shard:
 
     keys: list[bytes]
     rows: list[tuple[int, ...]]  # image offset, size; caption offset, size; is that one JSON
-    left_out: int  # images without a caption
-    damage: str  # "" if it is whole
+    fault: str  # "" if there is none
 
 
 def index_shard(path: Path) -> Shard:
     """Of a damaged tar, what comes before the damage."""
-    samples, damage = {}, ""
+    samples, bare, fault = {}, 0, ""
     try:
         with open(path, "rb") as file:
             for name, start, size in tar_members(file):
                 folder, _, base = name.rpartition("/")
                 key, _, suffix = base.partition(".")
-                samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[suffix.lower()] = (
-                    start,
-                    size,
-                )
+                parts = samples.setdefault(f"{folder}/{key}".lstrip("/"), {})
+                parts[suffix.lower()] = (start, size)
     except ValueError as error:
-        damage = str(error)
-    shard = Shard([], [], 0, damage)
+        fault = str(error)
+    shard = Shard([], [], fault)
     for key, parts in samples.items():
         image = field(parts, [suffix[1:] for suffix in SUFFIXES])
         caption = field(parts, ("txt", "json"))
@@ -238,7 +233,9 @@ def index_shard(path: Path) -> Shard:
             shard.keys.append(key.encode())
             shard.rows.append((*image, *caption, "txt" not in parts))
         elif image:
-            shard.left_out += 1
+            bare += 1
+    if bare:
+        shard.fault = f"{bare} images without a caption" + (f", {fault}" if fault else "")
     return shard
 
 
@@ -399,7 +396,7 @@ class Images:
 
     Sample i is a function of (seed, i) alone; with buckets of (seed, batch, i), and each call is
     then for the numbers k batch ... (k + 1) batch - 1, all of one size. A bad sample is replaced
-    by the next good one and noted in `bad`, a damaged tar as well.
+    by the next good one and noted in `bad`; so are damaged tars and missing captions.
     """
 
     def __init__(
@@ -422,7 +419,7 @@ class Images:
             self.buckets = distance.argmin(dim=1)
         length = math.ceil(len(source) / batch) * batch if buckets else len(source)
         self.epochs = Epochs(length, self._order, seed)
-        self.bad: dict[str, str] = dict(source.damaged)  # name -> reason
+        self.bad: dict[str, str] = dict(source.faults)  # name -> reason
         self.seen: set[int] = set()  # items
         self.said = 0  # how many of the bad have been named
         self.lock = threading.Lock()
@@ -483,7 +480,7 @@ class Images:
                 raise ValueError(f"{bad} of {seen} samples are bad, repair or remove them: {named}")
 
     def _count(self) -> int:
-        return len(self.bad) - len(self.source.damaged)
+        return len(self.bad) - len(self.source.faults)
 
     def _named(self, bad: list[tuple[str, str]]) -> str:
         """The first five."""

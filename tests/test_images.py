@@ -219,18 +219,23 @@ def test_a_pattern_names_its_shards():
     ]
 
 
-@pytest.mark.parametrize("damage", ["cut", "overwritten", "no tar"])
+@pytest.mark.parametrize("damage", ["cut", "cut in a caption", "overwritten", "one bit", "no tar"])
 def test_a_corrupt_tar_is_named_and_its_readable_part_used(write, damage):
     """Three shards of 8 samples, the second damaged in its third sample (or from its start)."""
     path = write("shards with txt")
     broken = Path(path) / "00001.tar"
     with tarfile.open(broken) as tar:
         at = tar.getmember("000000010.png").offset_data
+        caption = tar.getmember("000000010.txt").offset_data
     stored = bytearray(broken.read_bytes())
     if damage == "cut":
         stored = stored[: at + 10]
+    elif damage == "cut in a caption":
+        stored = stored[: caption + 8]
     elif damage == "overwritten":
         stored[at - 512 : at] = random.Random(0).randbytes(512)
+    elif damage == "one bit":
+        stored[at - 512 + 8] ^= 1  # in the name: a header's sum tells
     else:
         stored = b"<html>not found</html>" * 100
     broken.write_bytes(stored)
@@ -545,20 +550,19 @@ def test_no_damage_to_an_image_ends_a_run():
 
 
 class Slow:
-    """A data set whose batches take longer the earlier they are asked for."""
+    """A data set whose batches take longer the earlier they are asked for.
 
-    def __init__(self, bad: int | None = None):
-        self.bad, self.asked, self.at_once, self.most = bad, [], 0, 0
-        self.lock = threading.Lock()
+    meet: so many must be read at once, or it fails.
+    """
+
+    def __init__(self, bad: int | None = None, meet: int = 1):
+        self.bad, self.asked = bad, []
+        self.together = threading.Barrier(meet, timeout=20)
 
     def __call__(self, ids):
-        with self.lock:
-            self.asked.append(ids[0])
-            self.at_once += 1
-            self.most = max(self.most, self.at_once)
+        self.asked.append(ids[0])
+        self.together.wait()
         time.sleep(0.02 if ids[0] % 3 == 0 else 0.001)
-        with self.lock:
-            self.at_once -= 1
         if ids[0] == self.bad:
             raise ValueError("too many samples are bad")
         return list(ids)
@@ -576,12 +580,17 @@ def test_batches_come_in_order_from_any_step(workers):
 
 
 def test_workers_read_at_once_and_not_too_far_ahead():
+    """Three workers, of whom each waits for the others; five batches taken, two each ahead."""
+    data = Slow(meet=3)
+    with Ahead(data, of_step, 3, range(12)) as batches:
+        assert list(batches) == [[step] for step in range(12)]
     data = Slow()
     with Ahead(data, of_step, 3, range(100)) as batches:
         for _ in range(5):
             next(batches)
-        assert len(data.asked) <= 5 + 6
-    assert data.most == 3
+        time.sleep(0.2)
+        assert len(data.asked) <= 5 + 2 * 3
+    assert sorted(data.asked) == list(range(len(data.asked)))
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -590,7 +599,7 @@ def test_leaving_the_loop_leaves_no_thread(workers):
     with pytest.raises(KeyboardInterrupt), Ahead(data, of_step, workers, range(50)) as batches:
         next(batches)
         raise KeyboardInterrupt
-    assert set(threading.enumerate()) == before and data.at_once == 0
+    assert set(threading.enumerate()) == before
     asked = len(data.asked)
     time.sleep(0.05)
     assert len(data.asked) == asked < 20
@@ -665,10 +674,17 @@ def test_crop_and_bucket_sizes_are_checked(tmp_path):
 
 
 def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
+    """Three in a folder, then in a tar; and those of which none has a caption."""
     path = write_folder(tmp_path / "x", good(3))
     (path / "001.txt").unlink()
-    data = open_data("flux-dev", str(path), SIZE, 0)
-    assert len(data.source) == 2 and data.source.left_out == 1
-    tar = write_tar(tmp_path / "y" / "0.tar", [("a.png", good()[0][0]), ("b.txt", b"alone")] * 1)
-    with pytest.raises(ValueError, match="holds no image with a caption"):
-        open_data("flux-dev", str(tar), SIZE, 0)
+    image = good()[0][0]
+    members = [("a.png", image), ("b.png", image), ("b.txt", b"one"), ("c.txt", b"alone")]
+    tar = write_tar(tmp_path / "y" / "0.tar", members)
+    for place, left in ((path, 2), (tar, 1)):
+        data = open_data("flux-dev", str(place), SIZE, 0)
+        assert len(data.source) == left
+        assert data.bad == {str(place): "1 images without a caption"} and data.remark()
+    with pytest.raises(
+        ValueError, match="holds no image with a caption; .*0.tar: 1 images without"
+    ):
+        open_data("flux-dev", str(write_tar(tar, members[:1])), SIZE, 0)
