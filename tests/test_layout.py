@@ -20,6 +20,7 @@ ALLOWED = {
     "isg": {"schedule"},
     "discriminator": {"nets"},
     "images": {"schedule"},
+    "cache": {"images", "nets"},
     "data": {"config", "schedule", "parallel", "nets", "images"},
     "model": {"config", "schedule", "parallel", "nets"},
 }

@@ -1,0 +1,119 @@
+"""What frozen networks make of the data set, computed once: text embeddings and latents.
+
+    write_cache   every sample of an epoch, in shards; continues where it was interrupted
+    Cache         the rows of a batch, by what its samples are
+
+A cache is a folder with `about.json`, what it was made for, and shards of SHARD samples. A sample
+is found by a digest of its caption, sizes and pixels, so a cache never answers for other data.
+Training from one holds no text encoder.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from images import Pairs
+from nets.weights import open_weights
+
+SHARD = 256  # samples in a file: with FLUX's text 1 GiB
+
+
+def digests(pairs: Pairs) -> list[str]:
+    """What a sample is, in 128 bits."""
+    found = []
+    for k, caption in enumerate(pairs.captions):
+        total = hashlib.blake2b(caption.encode(), digest_size=16)
+        for part in (pairs.sizes, pairs.images):
+            if part is not None:
+                total.update(part[k].contiguous().numpy().tobytes())
+        found.append(total.hexdigest())
+    return found
+
+
+def claim(folder: Path, about: dict) -> None:
+    """Makes the folder, or checks that it was made for the same. Raises ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "about.json"
+    if path.is_file():
+        try:
+            was = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            raise ValueError(f"{path} is damaged; choose another --cache, or remove it") from None
+        changed = [f"{k}: {was.get(k)} -> {v}" for k, v in about.items() if was.get(k) != v]
+        if changed:
+            raise ValueError(
+                f"--cache {folder} was made for something else ({'; '.join(changed)}); "
+                "choose another folder"
+            )
+    part = path.with_name(f"about.{os.getpid()}.part")  # several ranks write the same
+    part.write_text(json.dumps(about, indent=1))
+    os.replace(part, path)
+
+
+def write_cache(
+    folder: Path,
+    data: Callable[[range], Pairs],
+    count: int,
+    batch: int,
+    compute: Callable[[Pairs], dict[str, Tensor]],
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Samples 0 .. count - 1, `batch` at a time; of the shards not there, each rank its share.
+
+    compute: what to keep of a batch, rows by name.
+    """
+    mine = range(-(-count // SHARD))[rank::world]  # the same whatever other ranks have written
+    missing = [k for k in mine if not shard_path(folder, k).is_file()]
+    for k in tqdm(missing, desc="cache", disable=rank > 0):
+        keys, rows = [], []
+        first, last = k * SHARD, min((k + 1) * SHARD, count)
+        for start in range(first, last, batch):
+            pairs = data(range(start, min(start + batch, last)))
+            keys += digests(pairs)
+            rows.append({name: x.detach().cpu() for name, x in compute(pairs).items()})
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        path = shard_path(folder, k)
+        part = path.with_suffix(".part")
+        save_file(tensors, part, metadata={"keys": json.dumps(keys)})
+        os.replace(part, path)
+
+
+def shard_path(folder: Path, k: int) -> Path:
+    return folder / f"shard-{k:06d}.safetensors"
+
+
+class Cache:
+    """Rows of a finished cache; files stay mapped, nothing is kept in memory but the keys."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.places = folder, {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            with open_weights(path) as file:
+                keys = json.loads((file.metadata() or {}).get("keys", "[]"))
+            self.places |= {key: (path, row) for row, key in enumerate(keys)}
+        self.open = lru_cache(maxsize=64)(lambda path: safe_open(path, framework="pt"))
+
+    def rows(self, pairs: Pairs, device: torch.device | str) -> dict[str, Tensor]:
+        """What `compute` gave for these samples. Raises ValueError for one that is not there."""
+        found = []
+        for key, caption in zip(digests(pairs), pairs.captions, strict=True):
+            if key not in self.places:
+                raise ValueError(
+                    f'--cache {self.folder} does not hold "{caption[:40]}" as it is now: '
+                    "the data have changed; choose another folder"
+                )
+            path, row = self.places[key]
+            file = self.open(path)
+            names = file.keys()
+            found.append({name: file.get_slice(name)[row : row + 1] for name in names})
+        return {name: torch.cat([row[name] for row in found]).to(device) for name in found[0]}
