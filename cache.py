@@ -1,5 +1,6 @@
 """What frozen networks make of the data set, computed once: text embeddings and latents.
 
+    claim         a folder for one purpose
     write_cache   every sample of an epoch, in shards; continues where it was interrupted
     Cache         the rows of a batch, by what its samples are
 
@@ -86,6 +87,10 @@ def write_cache(
         part = path.with_suffix(".part")
         save_file(tensors, part, metadata={"keys": json.dumps(keys)})
         os.replace(part, path)
+
+
+def complete(folder: Path, count: int) -> bool:
+    return all(shard_path(folder, k).is_file() for k in range(-(-count // SHARD)))
 
 
 def shard_path(folder: Path, k: int) -> Path:

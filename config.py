@@ -18,6 +18,9 @@ class Config:
     teacher: str = "digits"                 # whose network is distilled; presets all below
     size: tuple[int, int] = (1024, 1024)    # height and width of the images, pixels
     data: str = "data"                      # images with captions, or prompts (digits: its own)
+    crop: str = "centre"                    # of an image of another shape: centre | random
+    buckets: bool = False                   # batches of several aspect ratios, of size's area
+    cache: str = ""                         # folder for text embeddings and latents, computed once
     weights: str = ""                       # folder of the official files; "": the hub
     t5: bool = True                         # SD 3.5: read captions with T5 too, not with CLIP alone
     bf16: bool = True                       # compute in bf16; trained weights and losses stay fp32
@@ -64,19 +67,21 @@ class Config:
     # housekeeping: these may change when a run is resumed
     out: str = ""                           # output folder; default runs/TEACHER
     save_every: int = 250                   # iterations between checkpoints
+    workers: int = 4                        # threads that read data ahead; 0: none
     keep: int = 2                           # checkpoints kept
     exam_every: int = 125                   # iterations between short exams of the student; 0: none
     table: bool = True                      # the teacher too in the table at the end
     # fmt: on
 
 
-HOUSEKEEPING = ("out", "weights", "save_every", "keep", "exam_every", "table")
+HOUSEKEEPING = ("out", "cache", "weights", "workers", "save_every", "keep", "exam_every", "table")
 
 TEACHERS = {
     "digits": Config(
         teacher="digits",
         size=(16, 16),
         data="",
+        workers=0,
         bf16=False,
         recompute=False,
         shift=2.0,
@@ -252,6 +257,7 @@ def resolve(teacher: str = "digits", **flags) -> Config:
 def check(cfg: Config) -> None:
     """Raises ValueError that names the flag, its value and what it may be."""
     choices = {
+        "crop": ("centre", "random"),
         "isg_distance": ("l2", "charbonnier"),
         "t_dmd": ("uniform", "logit-normal"),
         "t_fake": ("uniform", "logit-normal"),
@@ -278,6 +284,7 @@ def check(cfg: Config) -> None:
         "lr_disc",
         "lr_warmup",
         "exam_every",
+        "workers",
         "disc_channels",
         "isg_margin",
     ):

@@ -165,7 +165,7 @@ def main() -> None:
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
         teacher, size, dtype = settings["teacher"], settings["size"], DTYPES[settings["dtype"]]
-        files = locate(teacher, given.weights, bool(given.checkpoint), t5=not given.no_t5)
+        files = locate(teacher, given.weights, not given.checkpoint, t5=not given.no_t5)
         text = load_text(teacher, files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]
         conds = encode_all(text, prompts, given.batch, device, size)

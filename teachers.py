@@ -4,7 +4,7 @@
     locate                   the files of all of them, or one error for what is missing
     build, load_denoiser     the denoiser alone, without or with weights
     load_vae, load_text      what stands around it
-    load_judges              the discriminator's frozen networks
+    load_backbone, _reader   the discriminator's frozen networks
     load_student             a file that train.py saved
     encode, null_for         captions to cond, and to what guidance leads away from
     uses_null
@@ -52,6 +52,7 @@ from nets.vision import (
     CLIP_VIT_LARGE_TEXT,
     DIGITS_VIT,
     DINOV2_LARGE,
+    ViT,
     ViTConfig,
     load_clip_text,
     load_vit,
@@ -99,23 +100,28 @@ Files = dict[str, list[Path]]  # per part of a teacher
 
 
 def locate(
-    teacher: str, weights: str = "", student: bool = False, disc: bool = False, t5: bool = True
+    teacher: str,
+    weights: str = "",
+    denoiser: bool = True,
+    text: bool = True,
+    t5: bool = True,
+    disc: bool = False,
 ) -> Files:
-    """Every file a teacher is made of, found before anything is loaded.
+    """Every file that will be wanted, found before anything is loaded.
 
-    weights: a folder; "": the hub's cache, else downloaded. student: its denoiser is in a file of
-    its own, so the teacher's is not wanted. disc: the discriminator's frozen networks too. t5:
-    SD 3.5 also works without.
+    weights: a folder; "": the hub's cache, else downloaded. denoiser: not, where a student's file
+    is given; text: not, where a cache is; t5: SD 3.5 also works without; disc: the discriminator's
+    frozen networks too.
     """
     if teacher == "digits":
         return EMBEDDED
-    left_out = {"denoiser"} if student else set()
-    if not t5:
-        if not teacher.startswith("sd35"):
-            raise ValueError(f"--no-t5: only SD 3.5 does without T5, {teacher} does not")
-        left_out |= {"t5", "t5_tokenizer"}
-    parts = [part for part in OFFICIAL[teacher] if part not in left_out]
-    parts += [*SHARED] if disc else []
+    if not t5 and not teacher.startswith("sd35"):
+        raise ValueError(f"--no-t5: only SD 3.5 does without T5, {teacher} does not")
+    parts = [*OFFICIAL[teacher], *(SHARED if disc else ())]
+    unwanted = (set() if denoiser else {"denoiser"}) | (set() if t5 else {"t5", "t5_tokenizer"})
+    if not text:
+        unwanted |= {part for part in parts if part not in ("denoiser", "vae", "dinov2")}
+    parts = [part for part in parts if part not in unwanted]
     return find_files(teacher, parts, Path(weights) if weights else None)
 
 
@@ -225,14 +231,25 @@ def load_part(
     return net.requires_grad_(False).eval()
 
 
-def load_judges(teacher: str, files: Files, dtype: torch.dtype, device: torch.device | str):
-    """The discriminator's frozen backbone, and what reads captions for it (its `embedding`)."""
-    nets = NETWORKS[teacher]
-    backbone = load_vit(nets.backbone, files["dinov2"][0], dtype, device)
+def load_backbone(teacher: str, files: Files, *how) -> ViT:
+    """The discriminator's. how: dtype and device, as in `load_denoiser`."""
+    return load_vit(NETWORKS[teacher].backbone, files["dinov2"][0], *how)
+
+
+def load_reader(teacher: str, files: Files, *how) -> nn.Module:
+    """What reads captions for the discriminator (its `embedding`)."""
     if teacher == "digits":
-        return backbone, SceneText()
+        return SceneText()
     where = (*files["clip_vit"], *files["clip_vit_tokenizer"])
-    return backbone, load_clip_text(*where, dtype, device, nets.reader)
+    return load_clip_text(*where, *how, cfg=NETWORKS[teacher].reader)
+
+
+def embedding_width(teacher: str) -> int:
+    """Of what the reader makes of a caption."""
+    if teacher == "digits":
+        return SceneText.pooled_width
+    cfg = NETWORKS[teacher].reader
+    return cfg.embedding or cfg.width
 
 
 def encode(
@@ -251,10 +268,10 @@ def encode(
     return text(captions, device)
 
 
-def null_for(text: nn.Module, null: Cond, cond: Cond) -> Cond:
+def null_for(teacher: str, null: Cond, cond: Cond) -> Cond:
     """The null caption, encoded once (1, ...), for every row of `cond`; SDXL: of the same sizes."""
     rows = {name: tensor.expand_as(cond[name]) for name, tensor in null.items()}
-    if isinstance(text, SDXLText):
+    if teacher == "sdxl":
         words, sizes = rows["pooled"], cond["pooled"][:, -SIZE_WIDTH:]
         rows["pooled"] = torch.cat([words[:, :-SIZE_WIDTH], sizes], dim=1)
     return rows

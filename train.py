@@ -21,15 +21,18 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import parallel
+from cache import Cache, claim, complete, write_cache
 from config import Config, Parser, differences, parse, refuse
-from data import Prompts, batch_ids, open_data
+from data import Ahead, Prompts, batch_ids, open_data
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from ida import ida_update
@@ -41,9 +44,11 @@ from schedule import Cond, Rng, generator, grid
 from teachers import (
     Files,
     check_size,
+    embedding_width,
     encode,
     latent_shape,
-    load_judges,
+    load_backbone,
+    load_reader,
     load_start,
     load_teacher,
     load_text,
@@ -75,6 +80,7 @@ class Nets:
     text: nn.Module  # captions -> cond
     reader: nn.Module | None  # captions -> what the discriminator reads of them
     null: Cond | None  # the null caption, encoded once; None: guidance is the teacher's input
+    cache: Cache | None  # then there is no text and no reader
     ema: nn.Module  # the student's moving average; the student itself without one
 
 
@@ -196,9 +202,9 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 # --- a run: networks, optimizers, data -----------------------------------------------------------
 
 
-def build_nets(cfg: Config, device: torch.device) -> Nets:
+def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) -> Nets:
     """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
-    files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
+    files = locate(cfg.teacher, cfg.weights, text=not cache, t5=cfg.t5, disc=cfg.w_gan > 0)
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     teacher = load_teacher(cfg.teacher, cfg.shift, files, frozen, device).requires_grad_(False)
     student = load_start(cfg.teacher, cfg.shift, files, device)
@@ -209,24 +215,24 @@ def build_nets(cfg: Config, device: torch.device) -> Nets:
         parallel.recompute(student)
         parallel.recompute(fake)
     vae = load_vae(cfg.teacher, files, frozen, device)
-    text = load_text(cfg.teacher, files, frozen, device)
-    disc, reader = build_disc(cfg, files, frozen, device) if cfg.w_gan else (None, None)
-    sizes = (*cfg.size, 0, 0, *cfg.size)
-    null = encode(text, [""], device, sizes) if uses_null(cfg.teacher) else None
-    return Nets(student, fake, teacher, disc, vae, text, reader, null, ema)
+    text = None if cache else load_text(cfg.teacher, files, frozen, device)
+    disc = build_disc(cfg, files, frozen, device) if cfg.w_gan else None
+    reading = cfg.w_gan and not cache
+    reader = load_reader(cfg.teacher, files, frozen, device) if reading else None
+    null = read_null(cfg, text, device)
+    return Nets(student, fake, teacher, disc, vae, text, reader, null, cache, ema)
 
 
 def build_disc(
     cfg: Config, files: Files, dtype: torch.dtype, device: torch.device
-) -> tuple[Discriminator, nn.Module]:
-    """The discriminator, and what reads captions for it."""
-    backbone, reader = load_judges(cfg.teacher, files, dtype, device)
+) -> Discriminator:
+    backbone = load_backbone(cfg.teacher, files, dtype, device)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
     maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
-    words = reader.embedding([""], device).shape[1]
+    words = embedding_width(cfg.teacher)
     disc = Discriminator(backbone, width, maps, words, cfg.disc_channels)
     parallel.copy_from_rank_zero(disc.to(device))
-    return disc, reader
+    return disc
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
@@ -239,18 +245,78 @@ def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
     return learners | ({"disc": learner(nets.disc.heads, cfg.lr_disc)} if nets.disc else {})
 
 
+def ids_of(cfg: Config, step: int) -> range:
+    """This rank's samples of a step."""
+    return batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
+
+
 @torch.no_grad()
-def load_batch(step: int, data, nets: Nets, cfg: Config, device: torch.device) -> Batch:
-    ids = batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
-    pairs = data(ids)
-    cond = encode(nets.text, pairs.captions, device, (*cfg.size, 0, 0, *cfg.size))
-    uncond = null_for(nets.text, nets.null, cond) if nets.null else None
+def load_batch(ids: range, pairs, nets: Nets, cfg: Config, device: torch.device) -> Batch:
+    """What the networks around the denoiser make of these samples, or made of them (the cache)."""
+    if nets.cache:
+        rows = nets.cache.rows(pairs, device)
+    else:
+        rows = frozen_rows(pairs, nets.text, nets.reader, nets.vae, cfg, device)
+    cond = {name.removeprefix("cond."): x for name, x in rows.items() if name.startswith("cond.")}
+    uncond = null_for(cfg.teacher, nets.null, cond) if nets.null else None
     if pairs.images is None:
-        x0_real = torch.zeros(cfg.batch, *latent_shape(cfg.teacher, cfg.size), device=device)
+        x0_real = torch.zeros(len(ids), *latent_shape(cfg.teacher, cfg.size), device=device)
         return Batch(ids, None, x0_real, cond, uncond, None)
-    images = pairs.images.to(device)
-    embedding = nets.reader.embedding(pairs.captions, device) if nets.disc else None
-    return Batch(ids, images, nets.vae.encode(images), cond, uncond, embedding)
+    x0_real = rows["latent"].to(device, torch.float32)
+    return Batch(ids, pairs.images.to(device), x0_real, cond, uncond, rows.get("reader"))
+
+
+def frozen_rows(
+    pairs,
+    text: nn.Module,
+    reader: nn.Module | None,
+    vae: nn.Module,
+    cfg: Config,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Text and latents of a batch; what a cache keeps of it."""
+    sizes = (*cfg.size, 0, 0, *cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
+    cond = encode(text, pairs.captions, device, sizes)
+    rows = {f"cond.{name}": tensor for name, tensor in cond.items()}
+    if reader:
+        rows["reader"] = reader.embedding(pairs.captions, device)
+    if pairs.images is not None:
+        rows["latent"] = vae.encode(pairs.images.to(device))
+    return rows
+
+
+@torch.no_grad()
+def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
+    """--cache: computed where it is not there yet, by all ranks; then only read."""
+    if cfg.teacher == "digits" or cfg.crop == "random":
+        why = "the embedded task has" if cfg.teacher == "digits" else "--crop random leaves"
+        raise ValueError(f"--cache {cfg.cache}: {why} nothing to keep")
+    folder, count = Path(cfg.cache), data.epochs.length
+    about = {"teacher": cfg.teacher, "size": list(cfg.size), "buckets": cfg.buckets, "t5": cfg.t5}
+    about |= {"bf16": cfg.bf16, "reader": cfg.w_gan > 0}
+    claim(folder, about)
+    if not complete(folder, count):
+        files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
+        how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
+        text, vae = load_text(cfg.teacher, files, *how), load_vae(cfg.teacher, files, *how)
+        reader = load_reader(cfg.teacher, files, *how) if cfg.w_gan else None
+        if uses_null(cfg.teacher) and parallel.rank() == 0:
+            null = encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
+            save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
+        around = (text, reader, vae, cfg, device)
+        share = (parallel.rank(), parallel.world())
+        write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
+        parallel.barrier()
+    return Cache(folder)
+
+
+def read_null(cfg: Config, text: nn.Module | None, device: torch.device) -> Cond | None:
+    """The null caption, from the text encoders or the cache."""
+    if not uses_null(cfg.teacher):
+        return None
+    if text:
+        return encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
+    return load_file(Path(cfg.cache) / "null.safetensors", device=str(device))
 
 
 # --- a run: the folder, the log, the loop --------------------------------------------------------
@@ -350,9 +416,11 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
         say(f"continuing {out} at step {first} of {cfg.steps}")
     log = open_log(out / "log.csv", first) if parallel.rank() == 0 else None
     hidden = parallel.rank() > 0
-    with tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden) as bar:
-        for step in range(first, cfg.steps):
-            batch = load_batch(step, data, nets, cfg, device)
+    steps = range(first, cfg.steps)
+    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden)
+    with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
+        for step, pairs in zip(steps, pairs_of, strict=True):
+            batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
                 values = train_step(step, batch, nets, opts, cfg)
             values = parallel.mean_over_ranks(values, device)
@@ -360,6 +428,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
                 log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
             bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
             bar.update()
+            if remark := data.remark():
+                tqdm.write(remark)  # of whichever rank: each reads samples of its own
             run.count_skipped(values["skipped"])
             done, last = step + 1, step + 1 == cfg.steps
             if exam and cfg.exam_every and (last or done % cfg.exam_every == 0):
@@ -435,11 +505,15 @@ def main() -> None:
         cfg, given = arguments()
         device = parallel.start()
         check_size(cfg.teacher, cfg.size)
-        data = open_data(cfg.teacher, cfg.data, cfg.size, cfg.seed)
+        how = (cfg.size, cfg.seed, cfg.crop, cfg.buckets, cfg.batch)
+        data = open_data(cfg.teacher, cfg.data, *how)
+        for size in data.sizes if cfg.buckets else ():
+            check_size(cfg.teacher, size)
         if isinstance(data, Prompts) and cfg.w_gan:
             raise ValueError(f"--data {cfg.data} has no images to judge by; add --no-gan")
         out = prepare_folder(cfg, given.overwrite)
-        nets = build_nets(cfg, device)
+        cache = fill_cache(cfg, data, device) if cfg.cache else None
+        nets = build_nets(cfg, device, cache)
         examined = cfg.teacher == "digits" and (cfg.table or cfg.exam_every > 0)
         exam = Exam(cfg.guidance) if examined and parallel.rank() == 0 else None
         if exam:
@@ -455,6 +529,8 @@ def main() -> None:
             path = export(nets, cfg, out)
             report(cfg, out, nets, exam, run, time.time() - start)
             print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")
+    except ValueError as error:  # too many bad samples, or a cache of other data
+        refuse(error)
     except FloatingPointError as error:
         newest = parallel.newest(out / "checkpoints") or "none"
         refuse(f"{error}; the last good checkpoint is {newest}")

@@ -1,4 +1,7 @@
-"""Small denoisers that tests share: real modules, with closed forms where a test needs one."""
+"""What tests share: small denoisers (real modules, with closed forms where a test needs one), and
+commands run as a user runs them."""
+
+import sys
 
 import pytest
 import torch
@@ -65,3 +68,27 @@ def cond():
 @pytest.fixture
 def uncond():
     return {"c": torch.zeros(3, 1)}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(module, "--flag", ...) -> exit code (0 if it returned), stdout, stderr."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def refused(result, *named):
+    code, out, err = result
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in named:
+        assert word in err, f"{word} is not named in: {err}"

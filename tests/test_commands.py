@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 import data
@@ -22,23 +22,6 @@ from nets.weights import load_weights, save_weights
 from teachers import build, load_teacher
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(module, "--flag", ...) -> exit code (0 if it returned), stdout, stderr."""
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """A student file with the teacher's weights."""
@@ -52,13 +35,6 @@ def student(tmp_path_factory):
     }
     save_weights(load_teacher("digits", 2.0), path, torch.float32, about)
     return path
-
-
-def refused(result, *named):
-    code, out, err = result
-    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
-    for word in named:
-        assert word in err, f"{word} is not named in: {err}"
 
 
 # --- train.py ------------------------------------------------------------------------------------

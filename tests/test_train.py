@@ -32,7 +32,7 @@ def setup(**flags):
 
 
 def batch_of(step, nets, cfg):
-    return load_batch(step, DATA, nets, cfg, CPU)
+    return load_batch(train.ids_of(cfg, step), DATA(train.ids_of(cfg, step)), nets, cfg, CPU)
 
 
 def weights(nets):
