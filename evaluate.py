@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from config import TEACHERS, Parser, refuse
-from measures import COLUMNS, Exam, exam_table, format_table
+from exam import COLUMNS, Exam, exam_table, format_table
 from pictures import exam_pictures
 from teachers import load_denoiser, load_student, load_teacher
 

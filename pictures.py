@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from measures import Exam, to_uint8
+from exam import Exam
+from measures import to_uint8
 from schedule import grid
 
 

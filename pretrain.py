@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from config import TEACHERS, Parser
 from data import ASSETS, DigitScenes, Scenes
+from exam import Exam, read_scene
 from ida import ida_update
-from measures import Exam, read_scene, to_uint8
+from measures import to_uint8
 from model import MMDiT
 from nets.text import SceneText
 from nets.vision import DIGITS_VIT, Judge, ViT

@@ -35,9 +35,9 @@ from config import Config, Parser, differences, parse, refuse
 from data import Ahead, Prompts, batch_ids, open_data
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
+from exam import Exam, exam_table, format_table
 from ida import ida_update
 from isg import isg_loss
-from measures import Exam, exam_table, format_table
 from nets.weights import save_weights
 from pictures import curves, exam_pictures
 from schedule import Cond, Rng, generator, grid

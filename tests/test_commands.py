@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import evaluate
-import measures
+import exam
 import sample
 import teachers
 import toy
@@ -86,7 +86,7 @@ def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, dam
     """The file is named. (Absent samples of the teacher are not missed: they are drawn.)"""
     copies = tmp_path / "assets"
     shutil.copytree(vision.ASSETS, copies)
-    for module in (data, measures, vision):
+    for module in (data, exam, vision):
         monkeypatch.setattr(module, "ASSETS", copies)
     for part, name_of in (("denoiser", "teacher"), ("dinov2", "backbone")):
         monkeypatch.setitem(teachers.EMBEDDED, part, [copies / f"{name_of}.safetensors"])
@@ -226,7 +226,7 @@ def test_summary_is_mean_and_spread_over_seeds(command, tmp_path):
 
 def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_path, monkeypatch):
     (tmp_path / "teacher_samples.npz").write_bytes(b"PK not a zip")
-    monkeypatch.setattr(measures, "ASSETS", tmp_path)
+    monkeypatch.setattr(exam, "ASSETS", tmp_path)
     refused(command(evaluate, "--student", student), "teacher_samples.npz", "pretrain.py samples")
 
 

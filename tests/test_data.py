@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from data import HELD_OUT, DigitScenes, batch_ids, load_digits
-from measures import read_scene
+from exam import read_scene
 from nets.text import VOCABULARY, WORD_ID, SceneText
 from nets.vision import Verdict
 

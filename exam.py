@@ -1,0 +1,266 @@
+"""The embedded task's exam: what is in each image, held against its caption.
+
+    read_scene, effective_number  are all *named* attributes right, how varied are the *open* ones
+    Exam                          one sampler's images -> one row of the table
+    exam_table, format_table      teacher beside student
+
+Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
+"""
+
+from dataclasses import dataclass
+from zipfile import BadZipFile
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import ASSETS, HORIZONTAL, VERTICAL, DigitScenes
+from measures import frechet_distance, from_uint8, recall, round_8bit
+from nets.text import DIGITS, WORD_ID, SceneText, attributes
+from nets.vision import Verdict, load_judge
+from nets.weights import digest
+from schedule import draw_samples, generator, grid, normal
+
+# --- reading a scene -----------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """B images held against their captions, objects in caption order."""
+
+    right: Tensor  # (B,) all named attributes are there
+    digits: Tensor  # (B, 2) as seen
+    colours: Tensor  # (B, 2)
+    arrangement: Tensor  # (B,) index into data.ARRANGEMENTS
+    open_digits: Tensor  # (B, 2) the caption leaves it open
+    open_colours: Tensor  # (B, 2)
+    open_arrangement: Tensor  # (B,) "and", between objects whose names tell them apart
+
+
+def read_scene(verdict: Verdict, ids: Tensor) -> Reading:
+    """What is seen, held against caption tokens ids (B, 5).
+
+    With "and", object 1 may stand in either place: the better match counts.
+    """
+    colours, digits = attributes(ids)  # (B, 2) each
+    open_colours, open_digits = colours < 0, digits == len(DIGITS)
+    either, above = ids[:, 2] == WORD_ID["and"], ids[:, 2] == WORD_ID["above"]
+
+    def found(seen_colours: Tensor, seen_digits: Tensor) -> Tensor:
+        """(B,) how many of the four attributes fit, open ones included."""
+        fits = (open_colours | (seen_colours == colours), open_digits | (seen_digits == digits))
+        return torch.cat(fits, dim=1).sum(1)
+
+    straight = found(verdict.colours, verdict.digits)  # object 1 in the first place
+    crossed = found(verdict.colours.flip(1), verdict.digits.flip(1))
+    swapped = either & (crossed > straight)
+    axis_fits = either | (verdict.axis == torch.where(above, VERTICAL, HORIZONTAL))
+    other_colour = (colours[:, 0] != colours[:, 1]) & ~open_colours.any(1)
+    other_digit = (digits[:, 0] != digits[:, 1]) & ~open_digits.any(1)
+    flip = swapped[:, None]
+    return Reading(
+        right=(torch.where(swapped, crossed, straight) == 4) & axis_fits,
+        digits=torch.where(flip, verdict.digits.flip(1), verdict.digits),
+        colours=torch.where(flip, verdict.colours.flip(1), verdict.colours),
+        arrangement=2 * verdict.axis + swapped,
+        open_digits=open_digits,
+        open_colours=open_colours,
+        open_arrangement=either & (other_colour | other_digit),
+    )
+
+
+def effective_number(seen: Tensor, is_open: Tensor) -> float:
+    """1 / P(two samples of one caption agree).
+
+    seen (captions, samples), is_open (captions,): which captions count.
+    """
+    seen = seen[is_open]
+    samples = seen.shape[1]
+    agree = (seen[:, :, None] == seen[:, None, :]).sum((1, 2)) - samples
+    return 1 / (agree.float().mean() / (samples * (samples - 1))).item()
+
+
+# --- the questions -------------------------------------------------------------------------------
+
+
+class Exam:
+    """The embedded task's questions, and the judge.
+
+    Asked are `samples` images of each of `captions` captions as in training; of `new` captions that
+    name everything, with (colour, digit) pairs held out of training; and of `placed` captions like
+    "a one and a two", for how objects are placed if nothing is said. Images are rounded to 8 bits
+    before they are judged.
+
+    FD-T compares with the teacher's guided samples of 50 steps, seed 0; everything is examined with
+    seed 1, so the row of the teacher's 50 steps is the floor of FD-T.
+    """
+
+    def __init__(self, guidance: float, captions=256, new=32, placed=64, samples=8):
+        self.judge, self.ghost_limit = load_judge()
+        self.guidance, self.samples, self.text = guidance, samples, SceneText()
+        asked = (
+            DigitScenes(seed=4, handwriting="held-out"),
+            DigitScenes(seed=5, handwriting="held-out", pairs="held-out", say="all"),
+            DigitScenes(seed=6, handwriting="held-out", say="digits"),
+        )
+        counts = (captions, new, placed)
+        every = [scenes(range(count)).captions for scenes, count in zip(asked, counts, strict=True)]
+        self.prompts = [caption for part in every for caption in part for _ in range(samples)]
+        self.count, self.count_new = captions * samples, new * samples
+        self.ids = self.text.tokens(self.prompts)
+        parts = self.ids.split([samples * count for count in counts])
+        parts = [scenes.matching(ids) for scenes, ids in zip(asked, parts, strict=True)]
+        self.real = torch.cat(parts)  # real scenes that fit the prompts
+        self.real_features = self.features(self.real)
+        self.reference = self.real_features  # features of the teacher's samples: `ask_teacher`
+        self.floor = self.real  # the teacher's images with other noise: likewise
+
+    def features(self, images: Tensor) -> Tensor:
+        """What FD-T and recall compare (N, 96): images of the captions as in training."""
+        return self.judge.judge(round_8bit(images[: self.count])).features
+
+    def sample(
+        self,
+        net: nn.Module,
+        taus: list[float],
+        sampler: str,
+        guided: bool = False,
+        seed: int = 1,
+        count: int | None = None,
+    ) -> Tensor:
+        """Images (N, 3, 16, 16) in [-1, 1] for the prompts in order.
+
+        taus, sampler: see `draw_samples`; count: only the first so many.
+        """
+        prompts, parts = self.prompts[:count], []
+        device = next(net.parameters()).device
+        for start in range(0, len(prompts), 256):
+            part = prompts[start : start + 256]
+            cond, uncond = self.text(part, device), self.text([""] * len(part), device)
+            draws = [generator("exam", seed, start + k) for k in range(len(part))]
+            eps = normal(torch.empty(len(part), 3, 16, 16, device=device), draws)
+            scale = self.guidance if guided else None
+            images = draw_samples(net, eps, cond, taus, sampler, uncond, scale, draws)
+            parts.append(images.cpu())
+        return torch.cat(parts)
+
+    def fingerprint(self, teacher: nn.Module) -> str:
+        """Of all that the teacher's samples depend on."""
+        prompts = crc32(repr(self.prompts).encode())
+        return f"weights {digest(teacher)}, guidance {self.guidance}, prompts {prompts}"
+
+    def ask_teacher(self, teacher: nn.Module) -> None:
+        """The teacher's 50-step samples, from assets/ if they were made with these weights."""
+        images = cached_samples(self.fingerprint(teacher))
+        if images is None:
+            taus = grid(teacher.schedule, 50)
+            images = [
+                self.sample(teacher, taus, "euler", guided=True, seed=s)
+                for s in tqdm((0, 1), desc="teacher, 50 steps")
+            ]
+        self.reference, self.floor = self.features(images[0]), images[1]
+
+    def row(self, images: Tensor) -> dict[str, float | None]:
+        """The measures of images (N, 3, 16, 16) for the prompts in order, or the first of them."""
+        verdict = self.judge.judge(round_8bit(images))
+        read, n = read_scene(verdict, self.ids[: len(images)]), min(len(images), self.count)
+        features, right_new = verdict.features[:n], read.right[n : n + self.count_new]
+
+        def number(seen: Tensor, is_open: Tensor) -> float:
+            """What is open depends on the caption alone; both objects of a caption count."""
+            seen = seen.unflatten(0, (-1, self.samples)).movedim(1, -1).reshape(-1, self.samples)
+            return effective_number(seen, is_open[:: self.samples].flatten())
+
+        return {
+            "accuracy": 100 * read.right[:n].float().mean().item(),
+            "clean": 100 * (verdict.ghost[:n] <= self.ghost_limit).float().mean().item(),
+            "fd": frechet_distance(features, self.reference[:n]),
+            "digits": number(read.digits, read.open_digits),
+            "colours": number(read.colours, read.open_colours),
+            "arrangements": number(read.arrangement, read.open_arrangement),
+            "recall": 100 * recall(self.real_features, features),
+            "new": 100 * right_new.float().mean().item() if len(right_new) else None,
+        }
+
+    def short(self, student: nn.Module, taus: tuple[float, ...]) -> dict[str, float | None]:
+        """A quarter of the captions, with the student's own anchors."""
+        images = self.sample(student, list(taus), "x0", count=self.count // 4)
+        return {"nfe": len(taus)} | self.row(images)
+
+    def short_level(self) -> dict[str, float | None]:
+        """What the teacher's 50 steps reach in the short exam."""
+        return self.row(self.floor[: self.count // 4])
+
+
+def cached_samples(fingerprint: str) -> list[Tensor] | None:
+    """What pretrain.py left in assets/; None if it is absent, or of other weights or questions."""
+    path = ASSETS / "teacher_samples.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as file:
+            if str(file["fingerprint"]) != fingerprint:
+                return None
+            return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); make it anew: pretrain.py samples"
+        ) from None
+
+
+def exam_table(
+    exam: Exam, student: nn.Module, taus: tuple[float, ...], teacher: nn.Module | None
+) -> list[dict]:
+    """Rows for format_table: teacher and student at several numbers of steps, by every sampler.
+
+    taus: the student's own anchors; other numbers of steps use an even grid. Without a teacher:
+    only the student at its own anchors.
+    """
+    rows, plan = [], []
+    if teacher is not None:
+        rows.append({"name": "real, held out", "nfe": 0} | exam.row(exam.real))
+        rows.append({"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor))
+        few = [(steps, True) for steps in (8, 4, 2, 1)] + [(n, False) for n in (50, 8, 4, 2, 1)]
+        plan += [("teacher", teacher, steps, "euler", guided) for steps, guided in few]
+    for sampler in ("x0", "euler"):
+        counts = (1, 2, 4, 8) if teacher is not None else (len(taus),)
+        plan += [("student", student, steps, sampler, False) for steps in counts]
+    for who, net, steps, sampler, guided in tqdm(plan, desc="table"):
+        kind = sampler if who == "student" else "guided" if guided else "unguided"
+        own = who == "student" and steps == len(taus)
+        images = exam.sample(net, list(taus) if own else grid(net.schedule, steps), sampler, guided)
+        nfe = steps * (1 + guided)
+        rows.append({"name": f"{who} {steps}, {kind}", "nfe": nfe} | exam.row(images))
+    return rows
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+COLUMNS = (
+    ("accuracy", "accuracy", ".1f"),
+    ("clean", "clean", ".1f"),
+    ("fd", "FD-T", ".2f"),
+    ("digits", "digits", ".2f"),
+    ("colours", "colours", ".2f"),
+    ("arrangements", "arrangements", ".2f"),
+    ("recall", "recall", ".1f"),
+    ("new", "new pairs", ".1f"),
+)
+
+
+def format_table(rows: list[dict]) -> str:
+    """Markdown, aligned. Each row: name, nfe (network evaluations per image) and the measures."""
+    cells = [["sampler", "NFE", *(title for _, title, _ in COLUMNS)]]
+    for row in rows:
+        values = ["-" if row[key] is None else format(row[key], form) for key, _, form in COLUMNS]
+        cells.append([row["name"], str(row["nfe"] or "-"), *values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+
+    def line(row: list[str]) -> str:
+        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "| " + " | ".join([row[0].ljust(widths[0]), *aligned[1:]]) + " |"
+
+    return "\n".join(map(line, cells))
