@@ -256,11 +256,16 @@ def format_table(rows: list[dict]) -> str:
     for row in rows:
         values = ["-" if row[key] is None else format(row[key], form) for key, _, form in COLUMNS]
         cells.append([row["name"], str(row["nfe"] or "-"), *values])
+    return aligned(cells)
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table of titles and rows, its columns but the first to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
     def line(row: list[str]) -> str:
-        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "| " + " | ".join([row[0].ljust(widths[0]), *aligned[1:]]) + " |"
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "| " + " | ".join([row[0].ljust(widths[0]), *padded[1:]]) + " |"
 
-    return "\n".join(map(line, cells))
+    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))

@@ -1,27 +1,56 @@
 """Measures of images, through features of them. Pure functions of tensors.
 
-frechet_distance, recall   of two sets of features
-round_8bit                 images as a PNG holds them
+    frechet_distance    between Gaussians fitted to two sets of features (FID's formula)
+    recall, precision   the share of one set within reach of the other
+    vendi_score         how many different features there are, in effect
+    pairwise_distance   how different the images of one prompt are
+    clip_score          how well image and caption agree
+    bootstrap           a measure and how far chance may have moved it
+    resize, patch       images as feature networks take them
+    round_8bit          and as a PNG holds them
+
+Knows nothing of networks, files or teachers. N, M samples, D features, P prompts with S samples
+each.
 """
 
+import math
+import warnings
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# --- measures of features ------------------------------------------------------------------------
+from schedule import generator
+
+# --- how near ------------------------------------------------------------------------------------
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Between Gaussians fitted to two sets of features, (N, D) and (M, D), in fp64.
 
-    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2). With S = R^T R the singular
+    values of R_a R_b^T are the roots of the eigenvalues of S_a S_b, so their sum is the last trace:
+    no matrix needs full rank.
     """
     a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    root_a, root_b = covariance_root(a), covariance_root(b)
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     gap = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, (gap + cov_a.trace() + cov_b.trace() - 2 * cross).item())
+    return max(0.0, (gap + root_a.square().sum() + root_b.square().sum() - 2 * cross).item())
+
+
+def covariance_root(x: Tensor) -> Tensor:
+    """R (min(N, D), D), R^T R the covariance of x (N, D). Warns if it lacks full rank."""
+    root = torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
+    diagonal = root.diagonal().abs()
+    if len(x) <= x.shape[1] or diagonal.min() <= 1e-12 * diagonal.max():
+        warnings.warn(
+            f"{len(x)} samples do not span their {x.shape[1]} features: the Frechet distance is "
+            "finite, but depends on the number of samples; compare it at the same number alone",
+            stacklevel=3,
+        )
+    return root
 
 
 def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
@@ -29,11 +58,90 @@ def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
 
     Reach: the made feature's distance to its k-th neighbour among the made.
     """
+    assert len(made) > k, f"the {k}-th neighbour among {len(made)} does not exist"
     radius = torch.cdist(made, made).kthvalue(k + 1, dim=1).values  # the first is the point itself
     return (torch.cdist(real, made) <= radius).any(dim=1).float().mean().item()
 
 
+def precision(real: Tensor, made: Tensor, k: int = 3) -> float:
+    """The share of made features (M, D) within reach of a real one (N, D)."""
+    return recall(made, real, k)
+
+
+# --- how varied ----------------------------------------------------------------------------------
+
+
+def vendi_score(features: Tensor) -> float:
+    """(N, D) -> 1 .. N: exp of the entropy of the eigenvalues of K / N, K cosine similarities."""
+    unit = F.normalize(features.double(), dim=-1) / math.sqrt(len(features))
+    values = torch.linalg.svdvals(unit).square()  # the eigenvalues above zero of unit unit^T
+    return torch.special.entr(values).sum().exp().item()
+
+
+def pairwise_distance(features: Tensor) -> float:
+    """(P, S, D) -> 1 - cosine similarity, mean over the pairs of each prompt and over prompts."""
+    unit = F.normalize(features.double(), dim=-1)
+    S = features.shape[1]
+    assert S > 1, "one image of a prompt makes no pair"
+    alike = (unit @ unit.transpose(1, 2)).sum((1, 2)) - S  # less each image with itself
+    return 1 - (alike / (S * (S - 1))).mean().item()
+
+
+# --- how fitting ---------------------------------------------------------------------------------
+
+
+def clip_score(images: Tensor, captions: Tensor) -> float:
+    """Embeddings (N, D) of images and of their captions -> their mean cosine similarity."""
+    return F.cosine_similarity(images.double(), captions.double(), dim=-1).mean().item()
+
+
+# --- how certain ---------------------------------------------------------------------------------
+
+
+def bootstrap(
+    measure: Callable[[Tensor], float], count: int, resamples: int = 100
+) -> tuple[float, float]:
+    """The measure of all, and half the width of its 95 % interval.
+
+    measure: of the numbers of what is chosen, (n,), among `count`. Each resample is a half, drawn
+    without replacement: a half scatters about the whole as the whole does about the truth. (Drawn
+    with replacement, an image would be its own neighbour, and count as a lack of variety.)
+    """
+    assert count > 1, "chance cannot be seen in one"
+    value, half = measure(torch.arange(count)), count // 2
+    draw, again = generator("bootstrap", count), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the whole has been warned of
+        for _ in range(resamples):
+            again.append(measure(torch.randperm(count, generator=draw)[:half]))
+    spread = torch.tensor(again, dtype=torch.float64).std().item()
+    return value, 1.96 * spread * math.sqrt(half / (count - half))
+
+
 # --- images --------------------------------------------------------------------------------------
+
+
+def resize(image: Tensor, side: int) -> Tensor:
+    """image (B, 3, H, W) in [0, 1] -> (B, 3, side, side): short side scaled, middle kept."""
+    height, width = image.shape[2:]
+    scale = side / min(height, width)
+    size = (max(side, round(scale * height)), max(side, round(scale * width)))
+    image = F.interpolate(image, size=size, mode="bicubic", antialias=True)
+    return middle(image, side, side).clamp(0, 1)  # bicubic overshoots
+
+
+def patch(image: Tensor, side: int = 299, unit: int = 1) -> Tensor:
+    """image (B, 3, H, W) -> its middle at its own scale, whole where it is smaller than `side`.
+
+    unit: the sides of what is returned are multiples of it.
+    """
+    height, width = (min(side, size) // unit * unit for size in image.shape[2:])
+    return middle(image, height, width)
+
+
+def middle(image: Tensor, height: int, width: int) -> Tensor:
+    top, left = (image.shape[2] - height) // 2, (image.shape[3] - width) // 2
+    return image[:, :, top : top + height, left : left + width]
 
 
 def round_8bit(images: Tensor) -> Tensor:
