@@ -109,6 +109,7 @@ def test_the_teachers_samples_in_assets_are_its_own(exam):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*do not span")
 def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     """A small exam, for which the teacher's samples are drawn on the spot; guidance costs double.
     The student's own number of steps uses its own anchors."""

@@ -77,6 +77,8 @@ def test_frechet_distance_without_full_rank_is_that_within_the_subspace_and_warn
     few = draws(5, 20)
     with pytest.warns(UserWarning, match="5 samples do not span their 20 features"):
         assert frechet_distance(few, few + 1) == pytest.approx(20, rel=1e-6)
+    with pytest.warns(UserWarning, match="5 samples"):  # a far mean, which rounding blurs
+        frechet_distance(few.double() + 1e6, few.double() + 1e6)
     constant = torch.ones(30, 4)
     with pytest.warns(UserWarning):
         assert frechet_distance(constant, constant + 1) == pytest.approx(4)

@@ -1,0 +1,450 @@
+"""evaluate.py, end to end: with a FLUX.1 of a few thousand weights, whose official files the tests
+write themselves, and with the embedded teacher."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+import evaluate
+import judges
+import teachers
+from measures import resize
+from model import Flux, FluxConfig
+from nets.clip import CLIP, CLIPConfig, quick_gelu
+from nets.text import T5, T5Config
+from nets.vae import VAE, VAEConfig
+from nets.vision import (
+    CLIPVision,
+    CLIPVisionConfig,
+    ViT,
+    ViTConfig,
+    load_clip_text,
+    load_clip_vision,
+)
+from nets.weights import save_weights
+from schedule import Flow
+from teachers import Networks, load_teacher
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+WORDS = [*LETTERS, *(f"{x}</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+TINY = Networks(
+    FluxConfig(
+        guidance=True,
+        channels=4,
+        width=12,
+        heads=2,
+        double=1,
+        single=1,
+        context_width=8,
+        pooled_width=12,
+        axes=(2, 2, 2),
+    ),
+    VAEConfig(4, scale=1.0, width=8, multipliers=(1, 2), blocks=1, groups=4),
+    CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False, vocabulary=len(WORDS)),
+    None,
+    T5Config(width=8, depth=1, heads=2, head=4, hidden=16, vocabulary=9),
+)
+VIT = ViTConfig(2, 16, 1, 2, grid=4, hooks=(), positions="facebook")
+CLIP_VISION = CLIPVisionConfig(8, 2, 16, 1, 2, 24, embedding=8)
+CLIP_TEXT = CLIPConfig(12, 2, 2, 24, quick_gelu, True, vocabulary=len(WORDS), embedding=8)
+PROMPTS = ["a red fox", "two men", "rain", "an old ship at sea", "blue", "a house"]
+
+
+def random(net: nn.Module, seed: int) -> nn.Module:
+    """Weights that make something of their input, norms and zeros included."""
+    draw = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2, generator=draw)
+    return net
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with the files of FLUX.1-dev and of the networks that judge."""
+    folder = tmp_path_factory.mktemp("weights")
+    nets = {
+        "flux1-dev": Flux(TINY.denoiser, Flow()),
+        "ae": VAE(TINY.vae),
+        "clip_l": CLIP(TINY.clip_l),
+        "t5xxl_fp16": T5(TINY.t5),
+        "dinov2-large": ViT(VIT),
+        "clip-vit-large-patch14": nn.ModuleList([CLIPVision(CLIP_VISION), CLIP(CLIP_TEXT)]),
+    }
+    for seed, (name, net) in enumerate(nets.items()):
+        random(net, seed)
+        if isinstance(net, nn.ModuleList):  # one file holds both towers, side by side
+            both, net = net, nn.Module()
+            for tower in both:
+                for part, module in tower.named_children():
+                    net.add_module(part, module)
+        save_weights(net, folder / f"{name}.safetensors", torch.float32, {})
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁fox", "s", "▁ship"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(teachers.NETWORKS, "flux-dev", TINY)
+    monkeypatch.setitem(teachers.T5_LENGTH, "flux-dev", 12)
+    monkeypatch.setattr(judges, "DINOV2", VIT)
+    monkeypatch.setattr(judges, "CLIP_VIT_LARGE", CLIP_VISION)
+    monkeypatch.setattr(judges, "CLIP_VIT_LARGE_TEXT", CLIP_TEXT)
+
+
+def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size=(16, 24)):
+    about = {"teacher": teacher, "shift": "1.0", "steps": str(steps), "sampler": "x0"}
+    about |= {"taus": json.dumps(taus), "size": json.dumps(size)}
+    save_weights(net, folder / "student.safetensors", torch.float32, about)
+    return folder / "student.safetensors"
+
+
+@pytest.fixture
+def student(tmp_path):
+    return make_student(tmp_path, random(Flux(TINY.denoiser, Flow()), 9))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("--flag", ...) -> exit code (0 if it returned), stdout, stderr."""
+
+    def command(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+        code = 0
+        try:
+            evaluate.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def flags(student, weights, prompts):
+    few = ["--steps", "1,2", "--teacher-steps", 3, "--per-prompt", 4, "--resamples", 4]
+    return [
+        *("--student", student, "--weights", weights, "--prompts", prompts),
+        *("--n", 26, "--dtype", "fp32", "--batch", 8, *few),
+    ]
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def times_of(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+
+
+def clip_score_of(folder, weights):
+    """Each image with its own prompt, one by one."""
+    file = weights / "clip-vit-large-patch14.safetensors"
+    images = load_clip_vision(file, cfg=CLIP_VISION)
+    words = (weights / "vocab.json", weights / "merges.txt")
+    captions = load_clip_text(file, *words, cfg=CLIP_TEXT)
+    scores = []
+    for k in range(24):
+        picture = torch.tensor(np.array(Image.open(folder / f"{k:06d}.png"))).movedim(-1, 0)
+        seen, asked = images(resize(picture[None] / 255, 16)), captions.embedding([PROMPTS[k // 4]])
+        scores.append((seen * asked).sum().item())
+    return sum(scores) / 24
+
+
+# --- any teacher ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_any_teacher_is_measured_against_its_student(run, flags, student, weights):
+    """26 images asked for, 4 of each of 6 prompts: 24. Rows: the teacher's many steps and as few as
+    the student's, then the student's; the first has no distance to itself."""
+    code, out, err = run(*flags)
+    assert code == 0, err
+    metrics = json.loads((student.parent / "evaluation" / "metrics.json").read_text())
+    assert (metrics["images"], metrics["prompts"], metrics["size"]) == (24, 6, [16, 24])
+    rows = metrics["measures"]
+    assert [(row["name"], row["nfe"]) for row in rows] == [
+        *(("teacher 3", 3), ("teacher 2", 2), ("student 1", 1), ("student 2", 2))
+    ]
+    against = ("FD-DINOv2", "patch FD-DINOv2", "precision", "recall")
+    for row in rows:
+        for title in (*against, "Vendi", "distance", "CLIP"):
+            known = title not in against or row is not rows[0]
+            assert (row[title] is not None) == known, f"{row['name']}: {title}"
+            assert not known or np.isfinite(row[title]).all()
+    assert all(title in out for title in against) and "teacher 3 |   3 |" in out and "±" in out
+    made = student.parent / "evaluation" / "images" / "student-2"
+    assert rows[3]["CLIP"][0] == pytest.approx(clip_score_of(made, weights), abs=1e-6)
+    assert (student.parent / "evaluation" / "samples.png").stat().st_size > 1000
+    assert len(files_of(student.parent / "evaluation" / "images")) == 4 * 24
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_a_student_that_is_the_teacher_is_at_no_distance(run, flags, tmp_path):
+    """The teacher's own weights without guidance, by the same sampler: the same noise for the same
+    prompt gives the same images. With guidance it does not."""
+    folder = tmp_path / "same"
+    folder.mkdir()
+    teacher = random(Flux(TINY.denoiser, Flow()), 0)
+    taus = teachers.sampling_times("flux-dev", Flow(), 3, (16, 24))
+    same = make_student(folder, teacher, steps=3, taus=taus)
+    flags = [*flags, "--student", same, "--sampler", "euler", "--steps", 3]
+    for guidance in (0, 9):
+        code, _, err = run(*flags, "--guidance", guidance, "--out", tmp_path / str(guidance))
+        assert code == 0, err
+        made = files_of(tmp_path / str(guidance) / "images")
+        assert len(made) == 48
+        pictures = [
+            np.stack([np.asarray(Image.open(p)) for p in sorted(each.iterdir())])
+            for each in sorted((tmp_path / str(guidance) / "images").iterdir())
+        ]
+        assert (np.array_equal(*pictures)) == (guidance == 0)
+        assert len(np.unique(pictures[0].reshape(24, -1), axis=0)) == 24, "each its own noise"
+    row = json.loads((tmp_path / "0" / "metrics.json").read_text())["measures"][1]
+    assert row["FD-DINOv2"] == pytest.approx([0, 0], abs=1e-6)
+    assert row["precision"] == row["recall"] == [1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_an_interrupted_evaluation_draws_only_what_is_missing(run, flags, student):
+    """Images gone, one cut short while it was written, one of other settings: these are drawn anew
+    and are what they were; the others' files are not touched."""
+    assert run(*flags)[0] == 0
+    images = student.parent / "evaluation" / "images"
+    whole, before = files_of(images), times_of(images)
+    (images / "teacher-3" / "000004.png").unlink()
+    (images / "student-2" / "000023.png").rename(images / "student-2" / "000023.part.png")
+    (images / "student-1" / "000007.png").write_bytes(whole["student-1/000006.png"])
+    assert run(*flags)[0] == 0
+    (images / "student-2" / "000023.part.png").unlink(missing_ok=True)
+    assert files_of(images) == whole
+    after = times_of(images)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"teacher-3/000004.png", "student-2/000023.png", "student-1/000007.png"}
+    before = times_of(images)
+    assert run(*flags, "--guidance", 7)[0] == 0
+    after = times_of(images)
+    assert {name.split("/")[0] for name in before if before[name] != after[name]} == {
+        *("teacher-2", "teacher-3")
+    }, "only the teacher is guided"
+
+
+def test_images_are_of_this_student_and_this_teacher(run, flags, student, tmp_path):
+    """Another file in the same place is noticed; another teacher may be given as a file."""
+    plan = planned(flags)
+    evaluate.draw_missing(plan, torch.device("cpu"))
+    assert not any(evaluate.missing(plan, s) for s in plan.samplings)
+    make_student(student.parent, random(Flux(TINY.denoiser, Flow()), 10))
+    assert [len(evaluate.missing(plan, s)) for s in plan.samplings] == [0, 0, 24, 24]
+    other = tmp_path / "other.safetensors"
+    save_weights(random(Flux(TINY.denoiser, Flow()), 11), other, torch.float32, {})
+    plan = planned([*flags, "--teacher", other])
+    assert [len(evaluate.missing(plan, s)) for s in plan.samplings] == [24, 24, 24, 24]
+    evaluate.draw_missing(plan, torch.device("cpu"))
+    assert not any(evaluate.missing(plan, s) for s in plan.samplings)
+
+
+def planned(flags):
+    """What main decides on."""
+    argv = sys.argv
+    try:
+        sys.argv = ["evaluate.py", *map(str, flags)]
+        return evaluate.decide(evaluate.arguments())[0]
+    finally:
+        sys.argv = argv
+
+
+def test_ranks_share_the_images_and_draw_what_one_would(flags, tmp_path):
+    """Image by image, bit for bit; five at a time, so that batches are cut elsewhere: within one
+    level of 255."""
+    for world, batch in ((1, 1), (2, 1), (3, 5)):
+        out = tmp_path / f"{world}"
+        plan = planned([*flags, "--out", out, "--batch", batch])
+        shares = [evaluate.missing(plan, plan.samplings[0], r, world) for r in range(world)]
+        assert sorted(k for share in shares for k in share) == list(range(24))
+        for rank in range(world):
+            evaluate.draw_missing(plan, torch.device("cpu"), rank, world)
+    one, two, three = (files_of(tmp_path / f"{world}" / "images") for world in (1, 2, 3))
+    assert len(one) == 4 * 24 and one == two and one.keys() == three.keys()
+    for name in one:
+        few, many = (np.asarray(Image.open(tmp_path / w / "images" / name)) for w in "13")
+        assert np.abs(few.astype(int) - many.astype(int)).max() <= 1
+
+
+def test_encoders_are_gone_before_a_denoiser_comes_and_that_before_the_next(flags, monkeypatch):
+    loaded, load_net = [], evaluate.load_net
+
+    def watched(plan, who, *how):
+        alive = [o for o in gc.get_objects() if type(o) in (T5, CLIP, Flux)]
+        loaded.append((who, alive))
+        return load_net(plan, who, *how)
+
+    monkeypatch.setattr(evaluate, "load_net", watched)
+    gc.collect()  # what other tests left
+    evaluate.draw_missing(planned(flags), torch.device("cpu"))
+    assert loaded == [("teacher", []), ("student", [])]
+    evaluate.draw_missing(planned(flags), torch.device("cpu"))
+    assert len(loaded) == 2, "where nothing is missing nothing is loaded"
+
+
+# --- Inception -----------------------------------------------------------------------------------
+
+
+class Extractor(nn.Module):
+    """In the place of torch-fidelity's: 8 means over the picture."""
+
+    sizes: list = []
+
+    def __init__(self, name, features, path):
+        super().__init__()
+        assert features == ["2048"] and path.endswith(".pth")
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        self.sizes.append(tuple(images.shape[2:]))
+        return (nn.functional.adaptive_avg_pool2d(images.float(), (2, 2))[:, :2].flatten(1),)
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_fid_comes_with_a_weights_file_and_its_package(run, flags, tmp_path, monkeypatch, student):
+    path = tmp_path / "inception.pth"
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if not installed
+    code, _, err = run(*flags, "--inception", path)
+    assert code == 2 and "pip install torch-fidelity" in err and err.count("\n") == 1
+    package = ModuleType("torch_fidelity")
+    package.FeatureExtractorInceptionV3 = Extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    code, _, err = run(*flags, "--inception", path)
+    assert code == 2 and "inception.pth" in err and err.count("\n") == 1
+    torch.save({"weight": os.getcwd}, path)  # code, which the package would run
+    code, _, err = run(*flags, "--inception", path)
+    assert code == 2 and "no file of its weights" in err and err.count("\n") == 1
+    torch.save({"weight": torch.zeros(1)}, path)
+    code, out, err = run(*flags, "--inception", path)
+    assert code == 0, err
+    rows = json.loads((student.parent / "evaluation" / "metrics.json").read_text())["measures"]
+    assert rows[0]["FID-T"] is None and rows[2]["FID-T"][0] > 0 and rows[2]["patch FID-T"][0] > 0
+    assert "| patch FID-T |" in " ".join(out.split())
+
+
+# --- the embedded teacher ------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_the_embedded_teachers_evaluation_adds_the_exam(run, tmp_path):
+    """The first 64 of the exam's images. The teacher's 50 steps are the exam's own, from assets/,
+    so its row there is the floor of FD-T; a student with its weights is as accurate."""
+    same = make_student(tmp_path, load_teacher("digits", 2.0), "digits", size=(16, 16))
+    code, out, err = run("--student", same, "--n", 64, "--steps", 2, "--resamples", 3)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    names = ["teacher 50", "teacher 2", "student 2"]
+    assert [row["name"] for row in metrics["measures"]] == names
+    assert [row["name"] for row in metrics["table"]] == ["real, held out", *names]
+    assert metrics["measures"][1]["nfe"] == 4 and metrics["measures"][1]["FD ViT"][0] > 0
+    assert metrics["measures"][1]["CLIP"] is None and "CLIP" not in out
+    assert metrics["table"][1]["accuracy"] > 85 and metrics["table"][1]["new"] is None
+    assert "new pairs" in out and "FD judge" in out
+    digits = tmp_path / "digits.txt"
+    digits.write_text("a digit and a one\na red two above a digit\n" * 3)
+    more = ("--prompts", digits, "--n", 24, "--teacher-steps", 2, "--out", tmp_path / "other")
+    code, out, err = run("--student", same, "--steps", 1, "--resamples", 3, *more)
+    assert code == 0 and "FD judge" in out and "new pairs" not in out, err
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (["--steps", "1,two"], '--steps: "1,two" is no list of step numbers such as 1,2,4,8'),
+        (["--steps", "0"], '--steps: "0" is no list'),
+        (["--stepz", "1"], "--stepz"),
+        (["--n", "0"], "--n is 0"),
+        (["--n", "12"], "3 prompts with 4 images each say too little"),
+        (["--resamples", "1"], "--resamples is 1"),
+        (["--teacher", "flux"], 'unknown teacher "flux": no file; choose from digits, flux-dev'),
+        (["--teacher", "digits"], "is a student of flux-dev"),
+        (["--size", "15", "24"], "15 is no multiple of 4"),
+        (["--prompts", "none.txt"], "none.txt"),
+        (["--data", "DIR"], "not allowed with argument --prompts"),
+        (["--weights", "nowhere"], "nowhere is no folder"),
+        (["--student", "none.safetensors"], "none.safetensors is missing"),
+        (["--sampler", "heun"], "heun"),
+        (["--inception", "none.pth"], "none.pth"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be(run, flags, monkeypatch, student, wrong, named):
+    package = ModuleType("torch_fidelity")
+    package.FeatureExtractorInceptionV3 = Extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    code, _, err = run(*flags, *wrong)
+    assert code == 2 and err.count("\n") == 1 and named in err, err
+    assert not (student.parent / "evaluation").exists(), "refused before anything is made"
+
+
+def test_evaluate_refuses_a_file_without_prompts_and_weights_that_lack_a_judge(
+    run, flags, weights, prompts, tmp_path
+):
+    prompts.write_text("\n \n")
+    code, _, err = run(*flags)
+    assert code == 2 and "prompts.txt holds no prompt" in err and err.count("\n") == 1
+    for path in weights.iterdir():
+        if "dinov2" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    code, _, err = run(*flags, "--weights", tmp_path)
+    assert code == 2 and "dinov2-large" in err and "hf download" in err and err.count("\n") == 1
+
+
+def test_captions_come_from_a_folder_of_images_too(flags, tmp_path):
+    """Without looking at the images, which need not even be sound."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i, prompt in enumerate(PROMPTS):
+        (folder / f"{i}.jpg").touch()
+        (folder / f"{i}.txt").write_text(prompt)
+    at = flags.index("--prompts")
+    given = [*flags[:at], "--data", folder, *flags[at + 2 :]]
+    assert planned(given).prompts == PROMPTS
+
+
+def test_torchrun_shares_the_work(tmp_path):
+    """Two processes on the embedded teacher: one of them prints, every image is there."""
+    same = make_student(tmp_path, load_teacher("digits", 2.0), "digits", size=(16, 16))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    (tmp_path / "digits.txt").write_text("a digit and a one\na red two above a digit\n" * 4)
+    flags = ["--prompts", str(tmp_path / "digits.txt"), "--images", "32", "--teacher-steps", "2"]
+    flags += ["--steps", "1", "--resamples", "2"]
+    run = subprocess.run(
+        [*torchrun, "--nproc_per_node", "2", "evaluate.py", "--student", str(same), *flags],
+        cwd=os.path.dirname(evaluate.__file__),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| teacher 2 ") == 1, "one process prints"
+    assert len(files_of(tmp_path / "evaluation" / "images")) == 2 * 32
