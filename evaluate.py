@@ -43,8 +43,9 @@ from tqdm import tqdm
 
 import parallel
 from config import TEACHERS, Config, Parser, refuse
-from data import ImageFolder, open_data, read_caption
+from data import open_data
 from exam import COLUMNS, Exam, aligned, format_table
+from images import Images, read_text
 from judges import (
     Features,
     embed_captions,
@@ -196,7 +197,7 @@ def decide(given: argparse.Namespace) -> tuple[Plan, Exam | None]:
     check_size(name, size)
     if name == "digits" and size != preset.size:
         raise ValueError(f"--size {size[0]} {size[1]}: the embedded judge reads 16 x 16 alone")
-    files = locate(name, given.weights, student=own_teacher)
+    files = locate(name, given.weights, denoiser=not own_teacher)
     judges = locate_judges(name, given.weights)
     guidance = (preset.guidance if given.guidance is None else given.guidance) or None
     examined = name == "digits" and given.prompts is None
@@ -251,14 +252,15 @@ def read_prompts(
 ) -> list[str]:
     """The lines of --prompts, or captions of --data, at most `count`."""
     if given.prompts:
-        prompts = [line.strip() for line in read_caption(given.prompts).splitlines()]
+        prompts = [line.strip() for line in read_text(given.prompts).splitlines()]
         prompts = [prompt for prompt in prompts if prompt]
         if not prompts:
             raise ValueError(f"{given.prompts} holds no prompt; give one a line")
         return prompts
     data = open_data(teacher, given.data or TEACHERS[teacher].data, size, 0)
-    if isinstance(data, ImageFolder):  # whose images are not wanted
-        return [read_caption(image.with_suffix(".txt")) for image in data.images]
+    if isinstance(data, Images):  # whose images are not wanted
+        captions = [data.source.caption(item) for item in range(len(data.source))]
+        return [caption for caption in captions if caption]
     return data(range(count)).captions
 
 
@@ -349,7 +351,7 @@ def encode_prompts(
     conds = {}
     for start in tqdm(range(0, len(captions), plan.batch), desc="prompts", leave=False):
         part = captions[start : start + plan.batch]
-        cond = encode(text, part, device, plan.size)
+        cond = encode(text, part, device, (*plan.size, 0, 0, *plan.size))
         for i, caption in enumerate(part):
             conds[caption] = {name: tensor[i].cpu() for name, tensor in cond.items()}
     return conds

@@ -34,12 +34,12 @@ from nets.vision import (
     CLIP_VIT_LARGE,
     CLIP_VIT_LARGE_TEXT,
     DINOV2_LARGE,
-    load_backbone,
     load_clip_text,
     load_clip_vision,
     load_judge,
     load_vit,
 )
+from teachers import EMBEDDED, load_backbone
 
 # Its table of positions stretched as in the code that its features are published with.
 DINOV2 = replace(DINOV2_LARGE, positions="facebook", hooks=(), recompute=False)
@@ -82,7 +82,10 @@ def feature_nets(
     The features of the first are also those of precision, recall and variety.
     """
     if teacher == "digits":
-        judge, vit = load_judge()[0].to(device), load_backbone("digits", device=device)
+        judge, vit = (
+            load_judge()[0].to(device),
+            load_backbone("digits", EMBEDDED, torch.float32, device),
+        )
         nets = {
             "FD judge": lambda x: judge.judge(2 * x - 1).features,
             "FD ViT": lambda x: vit(x)[:, 0],
