@@ -52,7 +52,8 @@ class Config:
     disc_reference: bool = True             # condition it on a real image of the same caption
     # optimisation
     steps: int = 750                        # iterations
-    batch: int = 32                         # samples per rank and iteration
+    batch: int = 32                         # samples per rank, at a time
+    accumulate: int = 1                     # such batches per rank and iteration
     lr: float = 1e-5                        # AdamW learning rate of the student
     lr_fake: float = 1e-5                   # of the fake score
     lr_disc: float = 1e-5                   # of the discriminator
@@ -63,6 +64,7 @@ class Config:
     eps: float = 1e-8                       # of AdamW
     clip: float = 1.0                       # gradient norm
     recompute: bool = True                  # recompute the blocks' activations: less memory
+    shard: str = "auto"                     # over ranks: auto | ddp (copies) | fsdp (shards) | none
     seed: int = 0                           # of every random number
     # housekeeping: these may change when a run is resumed
     out: str = ""                           # output folder; default runs/TEACHER
@@ -75,6 +77,7 @@ class Config:
 
 
 HOUSEKEEPING = ("out", "cache", "weights", "workers", "save_every", "keep", "exam_every", "table")
+SHARED_OUT = ("batch", "accumulate", "shard")  # ranks may change, the samples of an iteration not
 
 TEACHERS = {
     "digits": Config(
@@ -261,6 +264,7 @@ def check(cfg: Config) -> None:
         "isg_distance": ("l2", "charbonnier"),
         "t_dmd": ("uniform", "logit-normal"),
         "t_fake": ("uniform", "logit-normal"),
+        "shard": ("auto", "none", "ddp", "fsdp"),
     }
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -272,7 +276,7 @@ def check(cfg: Config) -> None:
             raise ValueError(
                 f'--disc-augment has "{name}"; choose from colour, translation, cutout'
             )
-    for name in ("student_steps", "ttur", "steps", "batch", "save_every", "keep"):
+    for name in ("student_steps", "ttur", "steps", "batch", "accumulate", "save_every", "keep"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must be at least 1")
     for name in (
@@ -314,7 +318,7 @@ def differences(old: dict, new: Config) -> list[str]:
     as_list = {
         name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
     }
-    names = [name for name in as_list if name not in HOUSEKEEPING]
+    names = [name for name in as_list if name not in HOUSEKEEPING + SHARED_OUT]
     return [
         f"{name}: {old.get(name)} -> {as_list[name]}"
         for name in names

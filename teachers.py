@@ -143,8 +143,11 @@ def load_denoiser(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> MMDiT | Flux | UNet:
+    """device: "meta" for the form alone; no file is read then."""
     with torch.device("meta"):
         net = build(teacher, shift)
+    if torch.device(device).type == "meta":
+        return net.to(dtype)
     return load_weights(net, path, dtype, device, prefix_of(teacher, "denoiser"))
 
 

@@ -11,6 +11,7 @@ student.safetensors, samples.png, curves.png, log.csv, metrics.json.
 """
 
 import argparse
+import collections
 import copy
 import csv
 import dataclasses
@@ -20,6 +21,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,11 +40,12 @@ from dmd import dmd_loss, fake_loss, student_input
 from exam import Exam, exam_table, format_table
 from ida import ida_update
 from isg import isg_loss
-from nets.weights import save_weights
+from nets.weights import stream_weights
 from pictures import curves, exam_pictures
 from schedule import Cond, Rng, generator, grid
 from teachers import (
     Files,
+    build,
     check_size,
     embedding_width,
     encode,
@@ -69,6 +72,36 @@ class Batch:
     uncond: Cond | None
     text: Tensor | None  # (B, E), what the discriminator reads of the caption
 
+    def split(self, count: int) -> list["Batch"]:
+        """`count` equal parts, in order."""
+
+        def cut(x: Tensor | None) -> Sequence[Tensor | None]:
+            return [None] * count if x is None else x.chunk(count)
+
+        def cut_all(cond: Cond | None) -> Sequence[Cond | None]:
+            if cond is None:
+                return [None] * count
+            parts = zip(*map(cut, cond.values()), strict=True)
+            return [dict(zip(cond, part, strict=True)) for part in parts]
+
+        each = len(self.ids) // count
+        ids = [self.ids[k * each : (k + 1) * each] for k in range(count)]
+        tensors = (cut(self.images), cut(self.x0_real), cut_all(self.cond), cut_all(self.uncond))
+        return [Batch(*part) for part in zip(ids, *tensors, cut(self.text), strict=True)]
+
+
+@dataclass
+class Draw:
+    """What the student drew for a batch, and what of it the others learn from."""
+
+    x0: Tensor  # (B, C, h, w)
+    path: tuple[Tensor, ...]  # x_t, the prediction there, tau_start, tau_end
+    weight: Tensor  # (B,) omega
+    real: list[Tensor] | None  # the discriminator's features of real images, None without work
+    reference: list[Tensor] | None  # of the same as reference
+    made: list[Tensor] | None  # of what the student drew
+    text: Tensor | None  # (B, E)
+
 
 @dataclass
 class Nets:
@@ -86,8 +119,9 @@ class Nets:
 
 @dataclass
 class Learner:
-    """An optimizer and the learning rate its schedule multiplies."""
+    """A network, its optimizer and the learning rate its schedule multiplies."""
 
+    net: nn.Module
     optimizer: torch.optim.Optimizer
     lr: float
 
@@ -101,60 +135,94 @@ class Learner:
 def train_step(
     step: int, batch: Batch, nets: Nets, opts: dict[str, Learner], cfg: Config
 ) -> dict[str, float]:
-    """Fake score and discriminator learn, on every ttur-th step the student. Returns the log."""
-    student, fake, teacher, disc = nets.student, nets.fake, nets.teacher, nets.disc
-    schedule, cond, uncond = student.schedule, batch.cond, batch.uncond
-    learn, log = step % cfg.ttur == 0, {}
+    """Fake score and discriminator learn, on every ttur-th step the student. Returns the log.
 
-    def rng(purpose: str) -> Rng:
-        return Rng(cfg.seed, step, purpose, batch.ids)
+    Each learns from the mean over all parts of the batch, then moves. The discriminator's group
+    statistics are those of a part.
+    """
+    learn, rng = step % cfg.ttur == 0, partial(Rng, cfg.seed, step)
+    parts, log = batch.split(cfg.accumulate), {}
 
-    # 1. The student draws: from noised data, or from its own previous output (backward simulation).
-    taus = anchors(cfg, schedule)
+    # 1. The student draws. Every ttur-th turn it learns, and pulls the fake score after it (IDA).
+    draws = []
+    for k, part in enumerate(parts):
+        draw = draw_student(part, nets, cfg, learn, rng)
+        if learn:
+            collect(opts["student"], student_loss(draw, part, nets, cfg, rng, log), k, cfg)
+        draws.append(without_gradient(draw))
+    if learn and update("student", opts, step, cfg, log):
+        ida_update(nets.fake, nets.student, cfg.ida_decay)
+        if nets.ema is not nets.student:
+            ida_update(nets.ema, nets.student, cfg.ema)  # the same average of weights
+
+    # 2. The fake score learns the student's samples.
+    for k, (part, draw) in enumerate(zip(parts, draws, strict=True)):
+        loss = fake_loss(nets.fake, draw.x0, part.cond, cfg.t_fake, rng("fake", part.ids))
+        note(log, "fake", loss, cfg)
+        collect(opts["fake"], loss, k, cfg)
+    update("fake", opts, step, cfg, log)
+
+    # 3. The discriminator learns to tell them from real images.
+    if draws[0].real:
+        with parallel.whole_heads(nets.disc.heads):
+            nets.disc.power_iteration()
+        for k, draw in enumerate(draws):
+            given = (draw.real, draw.made, draw.reference, draw.text, draw.weight)
+            loss = disc_loss(nets.disc, *given)
+            note(log, "disc", loss, cfg)
+            collect(opts["disc"], loss, k, cfg)
+        update("disc", opts, step, cfg, log)
+    return {name: float(torch.as_tensor(value).detach()) for name, value in log.items()}
+
+
+def draw_student(batch: Batch, nets: Nets, cfg: Config, learn: bool, rng) -> Draw:
+    """x0 from noised data, or from the student's own previous output (backward simulation).
+
+    And what the discriminator sees; where its weight is zero for all, it has no work. With gradient
+    if the student is to learn.
+    """
+    student, disc, schedule = nets.student, nets.disc, nets.student.schedule
+    taus, sources = anchors(cfg, schedule), rng("input", batch.ids)
     p_backward = 1.0 if batch.images is None else cfg.p_backward
-    x_t, i = student_input(student, batch.x0_real, cond, taus, rng("input"), p_backward)
+    x_t, i = student_input(student, batch.x0_real, batch.cond, taus, sources, p_backward)
     tau_start, tau_end = (x_t.new_full((len(x_t),), tau) for tau in (*taus, 0.0)[i : i + 2])
+    weight, real, reference, made, text = omega(schedule, tau_start), None, None, None, None
     with torch.set_grad_enabled(learn):
-        prediction = student(x_t, tau_start, cond)
+        prediction = student(x_t, tau_start, batch.cond)
         x0 = schedule.x0(x_t, prediction, tau_start)
-
-    # 2. What the discriminator will see. Where its weight is zero for all, it has no work.
-    weight = omega(schedule, tau_start)
-    judged = cfg.w_gan > 0 and bool(weight.any())
-    if judged:
+    if cfg.w_gan > 0 and bool(weight.any()):
         real, reference, text = real_features(batch, disc, cfg, rng)
         with torch.set_grad_enabled(learn):
-            image = augment(nets.vae.decode(x0), cfg.disc_augment, rng("augment made"))
-            made = disc.features(image)
+            sources = rng("augment made", batch.ids)
+            made = disc.features(augment(nets.vae.decode(x0), cfg.disc_augment, sources))
+    return Draw(x0, (x_t, prediction, tau_start, tau_end), weight, real, reference, made, text)
 
-    # 3. Every ttur-th turn the student learns, and the fake score is pulled after it (IDA).
-    if learn:
-        guidance = (cond, uncond, cfg.guidance_dmd)
-        log["dmd"] = dmd_loss(x0, teacher, fake, *guidance, cfg.t_dmd, rng("dmd"))
-        loss = cfg.w_dmd * log["dmd"]
-        if cfg.w_isg > 0:
-            segment = (student, teacher, x_t, prediction, tau_start, tau_end)
-            how = (cfg.guidance_isg, cfg.isg_margin, cfg.isg_distance)
-            log["isg"] = isg_loss(*segment, cond, uncond, *how, rng("isg"))
-            loss = loss + cfg.w_isg * log["isg"]
-        if judged:
-            log["gan"] = gan_loss(disc, made, reference, text, weight)
-            loss = loss + cfg.w_gan * log["gan"]
-        if update(opts["student"], loss, step, cfg, log, "student"):
-            ida_update(fake, student, cfg.ida_decay)
-            if nets.ema is not student:
-                ida_update(nets.ema, student, cfg.ema)  # the same average of weights
 
-    # 4. The fake score learns the student's samples.
-    log["fake"] = fake_loss(fake, x0, cond, cfg.t_fake, rng("fake"))
-    update(opts["fake"], log["fake"], step, cfg, log, "fake")
+def student_loss(draw: Draw, batch: Batch, nets: Nets, cfg: Config, rng, log: dict) -> Tensor:
+    """Distribution matching, intra-segment guidance and the discriminator's word."""
+    student, fake, teacher = nets.student, nets.fake, nets.teacher
+    cond, uncond, (x_t, prediction, tau_start, tau_end) = batch.cond, batch.uncond, draw.path
+    guidance = (cond, uncond, cfg.guidance_dmd)
+    dmd = dmd_loss(draw.x0, teacher, fake, *guidance, cfg.t_dmd, rng("dmd", batch.ids))
+    note(log, "dmd", dmd, cfg)
+    loss = cfg.w_dmd * dmd
+    if cfg.w_isg > 0:
+        segment = (student, teacher, x_t, prediction, tau_start, tau_end)
+        how = (cfg.guidance_isg, cfg.isg_margin, cfg.isg_distance)
+        isg = isg_loss(*segment, cond, uncond, *how, rng("isg", batch.ids))
+        note(log, "isg", isg, cfg)
+        loss = loss + cfg.w_isg * isg
+    if draw.real:
+        gan = gan_loss(nets.disc, draw.made, draw.reference, draw.text, draw.weight)
+        note(log, "gan", gan, cfg)
+        loss = loss + cfg.w_gan * gan
+    return loss
 
-    # 5. The discriminator learns to tell them from real images.
-    if judged:
-        disc.power_iteration()
-        log["disc"] = disc_loss(disc, real, made, reference, text, weight)
-        update(opts["disc"], log["disc"], step, cfg, log, "disc")
-    return {name: float(torch.as_tensor(value).detach()) for name, value in log.items()}
+
+def without_gradient(draw: Draw) -> Draw:
+    """What the fake score and the discriminator need of it."""
+    made = draw.made and [x.detach() for x in draw.made]
+    return dataclasses.replace(draw, x0=draw.x0.detach(), path=(), made=made)
 
 
 @torch.no_grad()
@@ -164,19 +232,33 @@ def real_features(
     """Features of the real images, as judged and as reference: one pass if alike. And the text."""
     real = reference = disc.features(batch.images)
     if cfg.disc_augment:
-        real = disc.features(augment(batch.images, cfg.disc_augment, rng("augment real")))
+        sources = rng("augment real", batch.ids)
+        real = disc.features(augment(batch.images, cfg.disc_augment, sources))
     if not cfg.disc_reference:
         reference = [torch.zeros_like(x) for x in reference]
     return real, reference, batch.text if cfg.disc_text else torch.zeros_like(batch.text)
 
 
-def update(opt: Learner, loss: Tensor, step: int, cfg: Config, log: dict, name: str) -> bool:
+def note(log: dict, name: str, loss: Tensor, cfg: Config) -> None:
+    """The log has the mean over the parts of a batch."""
+    log[name] = log.get(name, 0) + loss.detach() / cfg.accumulate
+
+
+def collect(opt: Learner, loss: Tensor, part: int, cfg: Config) -> None:
+    """Adds the gradient of a part of the batch."""
+    parallel.exchange(opt.net, part == cfg.accumulate - 1)
+    (loss / cfg.accumulate).backward()
+
+
+LOSSES_OF = {"student": ("dmd", "isg", "gan"), "fake": ("fake",), "disc": ("disc",)}
+
+
+def update(name: str, opts: dict[str, Learner], step: int, cfg: Config, log: dict) -> bool:
     """One AdamW step, or none on any rank if one has a loss or gradient not finite. Did it step?"""
-    loss.backward()
-    parameters = opt.parameters()
-    parallel.average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
-    sound = parallel.agree(bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)), loss.device)
+    opt, losses = opts[name], [log[loss] for loss in LOSSES_OF[name] if loss in log]
+    norm = parallel.whole(nn.utils.clip_grad_norm_(opt.parameters(), cfg.clip))
+    finite = all(bool(torch.isfinite(loss)) for loss in losses)
+    sound = parallel.agree(finite and bool(torch.isfinite(norm)), norm.device)
     if sound:
         for group in opt.optimizer.param_groups:
             group["lr"] = opt.lr * lr_factor(step, cfg)
@@ -203,24 +285,46 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 
 
 def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) -> Nets:
-    """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file."""
+    """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file.
+
+    Several ranks share what is trained, as copies or as shards, and in shards the teacher too.
+    """
     files = locate(cfg.teacher, cfg.weights, text=not cache, t5=cfg.t5, disc=cfg.w_gan > 0)
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
-    teacher = load_teacher(cfg.teacher, cfg.shift, files, frozen, device).requires_grad_(False)
-    student = load_start(cfg.teacher, cfg.shift, files, device)
-    parallel.copy_from_rank_zero(student)
-    fake = copy.deepcopy(student)
-    ema = copy.deepcopy(student).requires_grad_(False) if cfg.ema else student
+    disc = build_disc(cfg, files, frozen, device) if cfg.w_gan else None
+    mesh = parallel.choose_mesh(cfg.shard, count_trained(cfg, disc), device)
+    if disc:
+        parallel.shard_heads(disc.heads, mesh, device)
+    student = load_start(cfg.teacher, cfg.shift, files, parallel.home(mesh, device))
+
+    def twin() -> nn.Module:
+        net = copy.deepcopy(student)
+        parallel.shard(net, mesh, device, cfg.bf16)
+        return net
+
+    fake, ema = twin(), twin().requires_grad_(False) if cfg.ema else student
+    parallel.shard(student, mesh, device, cfg.bf16)
     if cfg.recompute:
         parallel.recompute(student)
         parallel.recompute(fake)
+    sharded = mesh if mesh and mesh.size(-1) > 1 else None  # a frozen network has no need of copies
+    where = parallel.home(sharded, device)
+    teacher = load_teacher(cfg.teacher, cfg.shift, files, frozen, where).requires_grad_(False)
+    parallel.shard(teacher, sharded, device, cfg.bf16)
     vae = load_vae(cfg.teacher, files, frozen, device)
     text = None if cache else load_text(cfg.teacher, files, frozen, device)
-    disc = build_disc(cfg, files, frozen, device) if cfg.w_gan else None
     reading = cfg.w_gan and not cache
     reader = load_reader(cfg.teacher, files, frozen, device) if reading else None
     null = read_null(cfg, text, device)
     return Nets(student, fake, teacher, disc, vae, text, reader, null, cache, ema)
+
+
+def count_trained(cfg: Config, disc: Discriminator | None) -> int:
+    """Weights of student, fake score and the discriminator's heads."""
+    with torch.device("meta"):
+        net = build(cfg.teacher, cfg.shift)
+    heads = [disc.heads] if disc else []
+    return sum(p.numel() for part in (net, net, *heads) for p in part.parameters())
 
 
 def build_disc(
@@ -231,23 +335,22 @@ def build_disc(
     maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
     words = embedding_width(cfg.teacher)
     disc = Discriminator(backbone, width, maps, words, cfg.disc_channels)
-    parallel.copy_from_rank_zero(disc.to(device))
-    return disc
+    return disc.to(device)
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
     def learner(net: nn.Module, lr: float) -> Learner:
         trained = [p for p in net.parameters() if p.requires_grad]
         settings = {"betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
-        return Learner(torch.optim.AdamW(trained, lr=lr, **settings), lr)
+        return Learner(net, torch.optim.AdamW(trained, lr=lr, **settings), lr)
 
     learners = {"student": learner(nets.student, cfg.lr), "fake": learner(nets.fake, cfg.lr_fake)}
     return learners | ({"disc": learner(nets.disc.heads, cfg.lr_disc)} if nets.disc else {})
 
 
 def ids_of(cfg: Config, step: int) -> range:
-    """This rank's samples of a step."""
-    return batch_ids(step, cfg.batch, parallel.rank(), parallel.world())
+    """This rank's samples of a step, all parts of its batch."""
+    return batch_ids(step, cfg.accumulate * cfg.batch, parallel.rank(), parallel.world())
 
 
 @torch.no_grad()
@@ -281,7 +384,8 @@ def frozen_rows(
     if reader:
         rows["reader"] = reader.embedding(pairs.captions, device)
     if pairs.images is not None:
-        rows["latent"] = vae.encode(pairs.images.to(device))
+        parts = pairs.images.to(device).split(cfg.batch)
+        rows["latent"] = torch.cat([vae.encode(part) for part in parts])
     return rows
 
 
@@ -306,7 +410,7 @@ def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
         around = (text, reader, vae, cfg, device)
         share = (parallel.rank(), parallel.world())
         write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
-        parallel.barrier()
+        parallel.agree(True, device)  # no rank reads before all have written
     return Cache(folder)
 
 
@@ -348,6 +452,31 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
                 "choose another folder with --out, or start anew with --overwrite"
             )
     return out
+
+
+def keep_samples(cfg: Config, out: Path) -> Config:
+    """A run that continues sees the same samples in an iteration, on any number of ranks.
+
+    --accumulate makes up for ranks that came or went. ValueError where it cannot.
+    """
+    path = out / "config.json"
+    if not path.is_file():
+        return cfg
+    try:
+        saved, world = json.loads(path.read_text()), parallel.world()
+    except json.JSONDecodeError:
+        return cfg  # prepare_folder says so
+    total = saved["batch"] * saved.get("accumulate", 1) * saved.get("world", world)
+    if cfg.batch * cfg.accumulate * world == total:
+        return cfg
+    if total % (cfg.batch * world):
+        raise ValueError(
+            f"{out} has {total} samples an iteration, which {world} ranks x --batch {cfg.batch} "
+            "cannot make; choose --batch so that it divides, or start anew with --overwrite"
+        )
+    cfg = dataclasses.replace(cfg, accumulate=total // (cfg.batch * world))
+    say(f"--accumulate {cfg.accumulate}: {out} has {total} samples an iteration")
+    return cfg
 
 
 LOSSES = ["dmd", "isg", "gan", "fake", "disc"]
@@ -418,10 +547,11 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
     hidden = parallel.rank() > 0
     steps = range(first, cfg.steps)
     bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden)
+    autocast = cfg.bf16 and not parallel.is_shared(nets.student)
     with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
         for step, pairs in zip(steps, pairs_of, strict=True):
             batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 values = train_step(step, batch, nets, opts, cfg)
             values = parallel.mean_over_ranks(values, device)
             if log:
@@ -432,8 +562,10 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
                 tqdm.write(remark)  # of whichever rank: each reads samples of its own
             run.count_skipped(values["skipped"])
             done, last = step + 1, step + 1 == cfg.steps
-            if exam and cfg.exam_every and (last or done % cfg.exam_every == 0):
-                row = exam.short(nets.ema, anchors(cfg, nets.student.schedule))
+            due = cfg.exam_every and (last or done % cfg.exam_every == 0)
+            examined = whole_net(nets.ema, cfg) if due and is_examined(cfg) else None
+            if exam and due:
+                row = exam.short(examined, anchors(cfg, nets.student.schedule))
                 run.exams.append({"name": f"student, step {done}", "step": done} | row)
                 say(format_table(run.exams[-1:]))
             stop = not parallel.agree(not run.stop, device)
@@ -462,8 +594,27 @@ def export(nets: Nets, cfg: Config, out: Path) -> Path:
         "taus": json.dumps(anchors(cfg, nets.student.schedule)),
     }
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    save_weights(nets.ema, path, dtype, metadata, prefix_of(cfg.teacher, "denoiser"))
+    prefix = prefix_of(cfg.teacher, "denoiser")
+    shapes = {prefix + name: x.shape for name, x in sorted(nets.ema.state_dict().items())}
+    tensors = ((prefix + name, x) for name, x in parallel.gather(nets.ema))
+    if parallel.rank() == 0:
+        stream_weights(tensors, shapes, path, dtype, metadata)
+    else:
+        collections.deque(tensors, maxlen=0)  # takes part, keeps nothing
     return path
+
+
+def is_examined(cfg: Config) -> bool:
+    return cfg.teacher == "digits" and (cfg.table or cfg.exam_every > 0)
+
+
+def whole_net(net: nn.Module, cfg: Config) -> nn.Module:
+    """A denoiser that a rank can call alone. All ranks must ask for it."""
+    if not parallel.is_shared(net):
+        return net
+    alone = build(cfg.teacher, cfg.shift)
+    alone.load_state_dict(dict(parallel.gather(net)), assign=True)
+    return alone.requires_grad_(False)
 
 
 def report(cfg: Config, out: Path, nets: Nets, exam: Exam | None, run: Run, seconds: float) -> None:
@@ -504,8 +655,9 @@ def main() -> None:
     try:
         cfg, given = arguments()
         device = parallel.start()
+        cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
         check_size(cfg.teacher, cfg.size)
-        how = (cfg.size, cfg.seed, cfg.crop, cfg.buckets, cfg.batch)
+        how = (cfg.size, cfg.seed, cfg.crop, cfg.buckets, cfg.batch * cfg.accumulate)
         data = open_data(cfg.teacher, cfg.data, *how)
         for size in data.sizes if cfg.buckets else ():
             check_size(cfg.teacher, size)
@@ -514,25 +666,28 @@ def main() -> None:
         out = prepare_folder(cfg, given.overwrite)
         cache = fill_cache(cfg, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
-        examined = cfg.teacher == "digits" and (cfg.table or cfg.exam_every > 0)
-        exam = Exam(cfg.guidance) if examined and parallel.rank() == 0 else None
+        exam = Exam(cfg.guidance) if is_examined(cfg) and parallel.rank() == 0 else None
+        teacher = whole_net(nets.teacher, cfg) if is_examined(cfg) else None
         if exam:
-            exam.ask_teacher(nets.teacher)
+            exam.ask_teacher(teacher)
     except (ValueError, OSError) as error:
         refuse(error)
     if parallel.rank() == 0:  # not before: what was refused leaves nothing behind
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        settings = dataclasses.asdict(cfg) | {"world": parallel.world()}
+        (out / "config.json").write_text(json.dumps(settings, indent=1))
     start = time.time()
     try:
         run = train(cfg, out, nets, data, exam, device)
+        path = export(nets, cfg, out)
+        if is_examined(cfg):  # by rank 0 alone
+            nets = dataclasses.replace(nets, ema=whole_net(nets.ema, cfg), teacher=teacher)
         if parallel.rank() == 0:
-            path = export(nets, cfg, out)
             report(cfg, out, nets, exam, run, time.time() - start)
             print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")
     except ValueError as error:  # too many bad samples, or a cache of other data
         refuse(error)
-    except FloatingPointError as error:
-        newest = parallel.newest(out / "checkpoints") or "none"
+    except (FloatingPointError, OSError) as error:
+        newest = next(iter(parallel.checkpoints(out / "checkpoints")), "none")
         refuse(f"{error}; the last good checkpoint is {newest}")
     except KeyboardInterrupt:
         refuse("interrupted; the same command continues from the last checkpoint")

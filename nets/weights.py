@@ -2,6 +2,7 @@
 
 load_weights    into a network built on any device, "meta" included; one file, or the shards of one
 save_weights    written beside the target and renamed, so a reader never sees half a file
+stream_weights  the same from tensors that come one at a time
 merge_weights   the same into a copy of a file that holds other networks too
 read_metadata, digest
 
@@ -13,7 +14,7 @@ the memory of the network and of one more tensor.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 MAPPED = 2**23  # bytes read through one mapping
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -227,6 +229,37 @@ def save_weights(
         for name, tensor in net.state_dict().items()
     }
     write(tensors, path, metadata)
+
+
+def stream_weights(
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, torch.Size],
+    path: Path,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+) -> None:
+    """The same file from tensors in the order of `shapes`; takes the memory of one of them.
+
+    The format: the header's length in 8 bytes, the header in JSON, the tensors' bytes in order.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        form = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = form
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers are aligned
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for (name, tensor), wanted in zip(tensors, shapes, strict=True):
+                assert name == wanted, f"tensors come in the order of shapes: {name}, not {wanted}"
+                data = tensor.detach().to("cpu", dtype).contiguous().flatten()
+                file.write(data.view(torch.uint8).numpy())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def merge_weights(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,9 +235,9 @@ def student_of(out: Path) -> str:
     return digest(load_student(out / "student.safetensors")[0])
 
 
-def start(out: Path, *extra: str, command=(sys.executable, "train.py")) -> subprocess.Popen:
+def start(out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [*command, *FLAGS, str(out), *extra],
+        [sys.executable, "train.py", *FLAGS, str(out)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -266,22 +267,17 @@ def kill_after_a_checkpoint(out: Path, how: signal.Signals) -> subprocess.Popen:
     return run
 
 
-def test_a_killed_run_continues_to_the_same_student_bit_for_bit(undisturbed, tmp_path):
-    """SIGKILL after the first checkpoint, wherever the run is by then; the same command again. The
-    newest checkpoint is then damaged as well: the one before it is used, and said so."""
-    out = tmp_path / "killed"
-    kill_after_a_checkpoint(out, signal.SIGKILL)
-    again = start(out)
-    text = "".join(again.communicate())
-    assert again.returncode == 0 and "continuing" in text, text
-    assert student_of(out) == student_of(undisturbed)
-    assert (out / "log.csv").read_text() == (undisturbed / "log.csv").read_text()
+def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
+    """The one before it is used, and said so; the student is the same bit for bit."""
+    out = tmp_path / "damaged"
+    shutil.copytree(undisturbed, out)
     newest = sorted(out.glob("checkpoints/step-????????/*.distcp"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    once_more = start(out)
-    text = "".join(once_more.communicate())
-    assert once_more.returncode == 0 and "is damaged; using the checkpoint before it" in text, text
+    run = start(out)
+    text = "".join(run.communicate())
+    assert run.returncode == 0 and "is damaged; using the checkpoint before it" in text, text
     assert student_of(out) == student_of(undisturbed)
+    assert (out / "log.csv").read_text() == (undisturbed / "log.csv").read_text()
 
 
 def test_sigterm_saves_and_stops(undisturbed, tmp_path):
@@ -291,28 +287,3 @@ def test_sigterm_saves_and_stops(undisturbed, tmp_path):
     again = start(out)
     assert "continuing" in "".join(again.communicate())
     assert student_of(out) == student_of(undisturbed)
-
-
-def test_two_ranks_equal_one(tmp_path):
-    """Two processes with 8 samples each and one with 16: the same student to 1e-5 after five steps
-    of everything (the discriminator's statistics are over groups of 8, so ranks do not change
-    them). Adam divides by the gradient's size, which magnifies rounding where a gradient is near
-    zero."""
-    students = []
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    )
-    for name, command, batch in (("one", (sys.executable,), "16"), ("two", torchrun, "8")):
-        out = tmp_path / name
-        flags = ("--steps", "5", "--batch", batch, "--eps", "1e-4")
-        run = start(out, *flags, command=(*command, "train.py"))
-        errors = run.communicate()[1]
-        assert run.returncode == 0, errors
-        students.append(load_student(out / "student.safetensors")[0].state_dict())
-    for name, tensor in students[0].items():
-        torch.testing.assert_close(tensor, students[1][name], atol=1e-5, rtol=1e-4, msg=name)

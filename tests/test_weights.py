@@ -16,7 +16,7 @@ from torch import nn
 from model import Flux, FluxConfig
 from nets import files
 from nets.files import OFFICIAL, find_files
-from nets.weights import load_weights, save_weights
+from nets.weights import load_weights, save_weights, stream_weights
 from schedule import Flow
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,18 @@ def test_flux_saved_is_flux_loaded_bit_for_bit(tmp_path):
     load_weights(again, path, torch.bfloat16)
     assert len(net.state_dict()) == 780 and same(net, again)
     assert all(p.requires_grad and p.device.type == "cpu" for p in again.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_file_is_the_saved_one(tmp_path, dtype):
+    """Tensor by tensor: the same names, shapes, dtypes, bytes and order."""
+    net, about = small(), {"teacher": "flux-dev"}
+    save_weights(net, tmp_path / "saved.safetensors", dtype, about, "model.")
+    tensors = [(f"model.{name}", x) for name, x in sorted(net.state_dict().items())]
+    shapes = {name: x.shape for name, x in tensors}
+    stream_weights(tensors, shapes, tmp_path / "streamed.safetensors", dtype, about)
+    saved, streamed = (tmp_path / f"{name}.safetensors" for name in ("saved", "streamed"))
+    assert streamed.read_bytes() == saved.read_bytes()
 
 
 def test_shards_load_as_one_file_does(shards):

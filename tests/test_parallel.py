@@ -1,0 +1,406 @@
+"""Several ranks, parts of a batch and interruptions: the run is the same."""
+
+import copy
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from small import SMALL, make_official
+
+import parallel
+import teachers
+from config import resolve
+from data import open_data
+from dmd import fake_loss
+from ida import ida_update
+from nets.text import SceneText
+from nets.weights import digest
+from schedule import Rng
+from teachers import load_start, load_student
+from train import (
+    LOSSES,
+    build_learners,
+    build_nets,
+    count_trained,
+    ids_of,
+    load_batch,
+    train_step,
+)
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+# --- ranks, copies, shards, parts ----------------------------------------------------------------
+
+
+def follow(out: Path | None, teacher: str, **flags) -> dict:
+    """Some iterations; what came of them, also saved to `out` by rank 0: losses and all weights."""
+    cfg = resolve(teacher, ttur=2, lr_warmup=0, **flags)
+    nets = build_nets(cfg, CPU)
+    opts, data = build_learners(nets, cfg), open_data(cfg.teacher, cfg.data, cfg.size, cfg.seed)
+    logs = []
+    for step in range(cfg.steps):
+        ids = ids_of(cfg, step)
+        batch = load_batch(ids, data(ids), nets, cfg, CPU)
+        log = train_step(step, batch, nets, opts, cfg)
+        logs.append(parallel.mean_over_ranks(log, CPU))
+    made = {"student": nets.student, "fake": nets.fake, "heads": nets.disc.heads}
+    made |= {"ema": nets.ema} if cfg.ema else {}
+    seen = {
+        name: {k: x.detach().clone() for k, x in parallel.gather(n)} for name, n in made.items()
+    }
+    if out and parallel.rank() == 0:
+        torch.save({"logs": logs, "weights": seen}, out)
+    return {"logs": logs, "weights": seen}
+
+
+def assert_same(one: dict, two: dict, tolerance: float) -> None:
+    for a, b in zip(one["logs"], two["logs"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), name
+    for net in one["weights"]:
+        for name, tensor in one["weights"][net].items():
+            far = (tensor - two["weights"][net][name]).abs().max().item()
+            assert far <= tolerance, f"{net}.{name} differs by {far:.1e}"
+
+
+def pull(out: Path | None, shard: str = "none") -> list[torch.Tensor]:
+    """IDA between two networks that differ; the fake score after it."""
+    student = load_start("digits", 2.0, teachers.EMBEDDED, CPU)
+    fake = copy.deepcopy(student)
+    for parameter in student.parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        parameter.data.add_(0.1 * noise)
+    mesh = parallel.choose_mesh(shard, 0, CPU)
+    for net in (student, fake):
+        parallel.shard(net, mesh, CPU, bf16=False)
+    ida_update(fake, student, 0.97)
+    tensors = [x.clone() for _, x in parallel.gather(fake)]
+    if out and parallel.rank() == 0:
+        torch.save(tensors, out)
+    return tensors
+
+
+def follow_all(out: Path, runs: dict) -> None:
+    teachers.NETWORKS |= SMALL  # of this process, which ends with this
+    with ranks.ranks_of_torchrun():
+        pull(out / "ida", "fsdp")
+        for name, flags in runs.items():
+            follow(out / name, **flags)
+
+
+DIGITS = {"teacher": "digits", "steps": 5, "eps": 1e-4}
+ARCHITECTURES = ("flux-dev", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("parallel")
+
+
+def small(place: Path, teacher: str) -> dict:
+    """Flags for a reduced teacher: everything on, two samples at a time."""
+    flags = {
+        "size": (32, 48),
+        "steps": 3,
+        "batch": 2,
+        "ema": 0.9,
+        "w_isg": 1.0,
+        "w_gan": 1.0,
+        "eps": 1e-4,
+    }
+    flags |= {"lr": 1e-3, "lr_fake": 1e-3, "lr_disc": 1e-3, "ida_decay": 0.97, "bf16": False}
+    where = {"weights": str(place / f"{teacher}-files"), "data": str(place / "pictures")}
+    return {"teacher": teacher, **flags, **where}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place):
+    """What two ranks make of every run here; they start once."""
+    (place / "pictures").mkdir()
+    for k in range(4):
+        pixels = np.random.default_rng(k).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / "pictures" / f"{k}.png")
+        (place / "pictures" / f"{k}.txt").write_text(f"a red fox {k}")
+    with pytest.MonkeyPatch.context() as patch:
+        for teacher, networks in SMALL.items():
+            patch.setitem(teachers.NETWORKS, teacher, networks)
+        for teacher in ARCHITECTURES:
+            make_official(teacher, place / f"{teacher}-files")
+    runs = {kind: {**DIGITS, "batch": 8, "shard": kind} for kind in ("fsdp", "ddp")}
+    runs["parts"] = {**DIGITS, "steps": 2, "batch": 4, "accumulate": 2, "shard": "ddp"}
+    runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
+    runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
+    ranks.finish(follow_all, 2, place / "printed.txt", place, runs)
+    return {name: torch.load(place / name) for name in (*runs, "ida")}
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """Sixteen samples at once in one process."""
+    return follow(None, **DIGITS, batch=16)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_two_ranks_equal_one(two_ranks, one_rank, kind):
+    """Shards or copies, eight samples on each rank: all networks and losses to 1e-6 after five
+    iterations of the whole method. Only sums are taken in another order. Adam divides by the size
+    of the gradient, which magnifies rounding where that is near zero; eps of 1e-4 keeps it down."""
+    assert len(one_rank["weights"]) == 4
+    assert any("gan" in log for log in one_rank["logs"])
+    assert_same(one_rank, two_ranks[kind], 1e-6)
+
+
+def test_parts_of_a_batch_equal_the_whole(one_rank):
+    """Two parts of eight (the discriminator's groups): the losses are means over the samples, and
+    each sample has its own noise."""
+    assert_same(one_rank, follow(None, **DIGITS, batch=8, accumulate=2), 1e-6)
+
+
+def test_copies_exchange_the_gradient_of_all_parts(two_ranks):
+    """Two ranks with two parts of four, and one process with four such parts."""
+    flags = {**DIGITS, "steps": 2, "batch": 4, "accumulate": 4}
+    assert_same(follow(None, **flags), two_ranks["parts"], 1e-6)
+
+
+@pytest.mark.parametrize("teacher", ARCHITECTURES)
+def test_every_architecture_can_be_sharded(two_ranks, place, monkeypatch, teacher):
+    """Frozen guidance embedder, position table of one row, U-Net; blocks recomputed. Two ranks with
+    two samples and one process with two parts of two: equal groups in the discriminator. To 1e-5,
+    since SDXL's estimate of x0 divides by .07 at pure noise."""
+    for name, networks in SMALL.items():
+        monkeypatch.setitem(teachers.NETWORKS, name, networks)
+    assert_same(follow(None, **small(place, teacher), accumulate=2), two_ranks[teacher], 1e-5)
+
+
+def test_shards_compute_in_bf16_and_stay_in_fp32(two_ranks):
+    """The same run in bf16 is near the one in fp32 (eight bits of mantissa), and not it."""
+    fp32, bf16 = two_ranks["flux-dev"], two_ranks["bf16"]
+    assert {x.dtype for net in bf16["weights"].values() for x in net.values()} == {torch.float32}
+    for name, value in fp32["logs"][0].items():
+        if name in ("dmd", "isg", "fake"):
+            assert bf16["logs"][0][name] == pytest.approx(value, rel=0.05)
+            assert bf16["logs"][0][name] != value
+
+
+def test_ida_on_shards_is_bitwise_that_on_whole_networks(two_ranks):
+    for ours, theirs in zip(two_ranks["ida"], pull(None), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_process_shares_nothing(kind):
+    with pytest.raises(ValueError, match=f"--shard {kind} is for several ranks"):
+        parallel.choose_mesh(kind, 0, CPU)
+    assert parallel.choose_mesh("auto", 10**12, CPU) is None
+
+
+def test_large_networks_are_sharded_small_ones_copied():
+    """On GPUs of 80 GB; SD 1.5 fits with gradients and Adam's state, FLUX and SD 3.5 do not."""
+    wanted = {"sd15": False, "sd35-large": True, "flux-dev": True}
+    for teacher, sharded in wanted.items():
+        assert parallel.wants_shards(count_trained(resolve(teacher), None), 80e9) == sharded
+
+
+def test_fp32_weights_move_where_bf16_weights_round_the_step_away():
+    """One AdamW step at the official learning rate of SD 3.5, 1e-6: bf16 has eight bits, so only
+    weights below about 2.5e-4 can feel it."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        net = load_start("digits", 2.0, teachers.EMBEDDED, CPU).to(dtype)
+        before = [p.detach().clone() for p in net.parameters()]
+        x0 = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        cond = SceneText()(["a red one left of a blue two"] * 8, CPU)
+        fake_loss(net, x0, cond, "uniform", Rng(0, 0, "fake", range(8))).backward()
+        torch.optim.AdamW(net.parameters(), lr=1e-6, weight_decay=0.0).step()
+        pairs = zip(before, net.parameters(), strict=True)
+        changed = torch.cat([(a != b).flatten() for a, b in pairs])
+        moved[dtype] = changed.float().mean().item()
+    assert moved[torch.float32] > 0.95, moved
+    assert moved[torch.bfloat16] < 0.1, moved
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+FLAGS = ["--ttur", 2, "--disc-channels", 16, "--eps", 1e-4, "--no-table", "--exam-every", 0]
+LONG = [*FLAGS, "--steps", 10, "--batch", 4, "--save-every", 1]
+SHORT = [*FLAGS, "--steps", 6, "--batch", 2, "--save-every", 2]  # for two ranks
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(flags): the folder of a run in one process."""
+    made = {}
+
+    def get(*flags):
+        if flags not in made:
+            made[flags] = out = tmp_path_factory.mktemp("undisturbed")
+            ranks.finish(ranks.command, 0, out / "printed.txt", [*flags, "--out", out])
+        return made[flags]
+
+    return get
+
+
+def everything(out: Path) -> dict:
+    """All tensors of the last checkpoint by name."""
+    last = max(out.glob("checkpoints/step-????????"))
+    cfg = resolve(disc_channels=16)
+    nets = build_nets(cfg, CPU)
+    opts = {name: opt.optimizer for name, opt in build_learners(nets, cfg).items()}
+    saved = {"student": nets.student, "fake": nets.fake, "disc": nets.disc.heads, "ema": nets.ema}
+    state = parallel.state_of(saved, opts)
+    with parallel.quiet():
+        dcp.load(state, checkpoint_id=last, no_dist=True)
+    tensors = {f"{part}.{name}": x for part in state for name, x in flat(state[part])}
+    return {"step": last.name, **tensors}
+
+
+def flat(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def losses(out: Path) -> list[dict[str, float]]:
+    with open(out / "log.csv", newline="") as file:
+        return [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_near(out: Path, other: Path) -> None:
+    """Losses and student to 1e-6; a loss is logged with six digits, so one in the last."""
+    for a, b in zip(losses(out), losses(other), strict=True):
+        for name in LOSSES:
+            assert a[name] == pytest.approx(b[name], abs=1.5e-6, rel=1e-5, nan_ok=True), (
+                name,
+                a,
+                b,
+            )
+    students = [load_student(run / "student.safetensors")[0].state_dict() for run in (out, other)]
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(tensor, students[1][name], atol=1e-6, rtol=0)
+
+
+def wait_for(pattern: str, out: Path, run: list, seconds: float = 60) -> None:
+    """Until something of that pattern is there, or the run has ended."""
+    deadline = time.time() + seconds
+    while not any(out.glob(pattern)) and run[0].is_alive() and time.time() < deadline:
+        time.sleep(0.002)
+
+
+def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path):
+    """SIGKILL after a random time, every other time as soon as a checkpoint is being written.
+    Weights, Adam's state, every row of the log and the student's file are those of the undisturbed
+    run."""
+    printed, draw, in_save = tmp_path / "printed.txt", random.Random(0), 0
+    for kill in range(20):
+        for left_over in tmp_path.glob("checkpoints/*.part"):
+            shutil.rmtree(left_over)  # so that the next one is a new one
+        run = ranks.launch(ranks.command, 0, printed, [*LONG, "--out", tmp_path])
+        if kill % 2:
+            wait_for("checkpoints/*.part", tmp_path, run)
+        time.sleep(draw.uniform(0, 0.1 if kill % 2 else 1.2))
+        run[0].kill()
+        ranks.join(run)
+        in_save += any(tmp_path.glob("checkpoints/*.part"))
+    assert in_save >= 3, "some must be killed inside a save"
+    ranks.finish(ranks.command, 0, printed, [*LONG, "--out", tmp_path])
+    wanted = undisturbed(*LONG)
+    assert (tmp_path / "log.csv").read_text() == (wanted / "log.csv").read_text()
+    ours, theirs = everything(tmp_path), everything(wanted)
+    assert ours.keys() == theirs.keys() and len(ours) > 500
+    for name, value in ours.items():
+        equal = torch.equal if torch.is_tensor(value) else lambda a, b: a == b
+        assert equal(value, theirs[name]), name
+    students = [load_student(out / "student.safetensors")[0] for out in (tmp_path, wanted)]
+    assert digest(students[0]) == digest(students[1])
+
+
+def test_a_run_continues_on_another_number_of_ranks(undisturbed, tmp_path):
+    """Two ranks in shards, SIGTERM, one process, SIGTERM, two ranks as copies: the losses and the
+    student of one process with two parts to a batch, to 1e-6. SIGTERM ends a run within an
+    iteration, saved."""
+    printed, flags = tmp_path / "printed.txt", [*SHORT, "--out", tmp_path]
+    for world, kind, pattern in ((2, "fsdp", "step-00000002"), (0, "auto", "step-00000004")):
+        run = ranks.launch(ranks.command, world, printed, [*flags, "--shard", kind])
+        wait_for(f"checkpoints/{pattern}", tmp_path, run)
+        done = len(losses(tmp_path))
+        for process in run:
+            os.kill(process.pid, signal.SIGTERM)
+        assert set(ranks.join(run)) == {0}, printed.read_text()
+        assert len(losses(tmp_path)) <= done + 2
+        last = max(tmp_path.glob("checkpoints/step-????????"))
+        assert last.name == f"step-{len(losses(tmp_path)):08d}", "saved where it stopped"
+    assert "--accumulate 2" in printed.read_text()
+    ranks.finish(ranks.command, 2, printed, flags)
+    assert_near(tmp_path, undisturbed(*SHORT, "--accumulate", 2))
+
+
+def test_a_batch_that_ranks_cannot_make_is_refused(undisturbed, tmp_path):
+    """Three samples at a time do not make four."""
+    shutil.copytree(undisturbed(*SHORT, "--accumulate", 2), tmp_path / "run")
+    printed, flags = tmp_path / "printed.txt", [*SHORT, "--batch", 3, "--out", tmp_path / "run"]
+    assert ranks.join(ranks.launch(ranks.command, 0, printed, flags)) == [2]
+    said = printed.read_text()
+    assert said.count("\n") == 1 and "4 samples an iteration" in said and "--batch 3" in said
+
+
+@pytest.mark.parametrize("world", [0, 2])
+def test_a_full_disk_leaves_the_checkpoint_before(undisturbed, tmp_path, world):
+    """Files end at 100 kB, of two ranks those of the second: all stop alike on one line that names
+    what is left, and nothing half written is."""
+    shutil.copytree(undisturbed(*SHORT, "--accumulate", 2), tmp_path / "run")
+    out, printed = tmp_path / "run", tmp_path / "printed.txt"
+    for path in out.glob("checkpoints/step-????????"):
+        if path.name == "step-00000006":
+            shutil.rmtree(path)
+    left = everything(out)
+    run = ranks.launch(ranks.command, world, printed, [*SHORT, "--out", out], 100_000)
+    assert set(ranks.join(run)) == {2}, printed.read_text()
+    said = printed.read_text()
+    assert "step-00000006 cannot be written, is the disk full?" in said
+    assert "the last good checkpoint is" in said and "step-00000004" in said
+    assert "Traceback" not in said
+    assert [path.name for path in out.glob("checkpoints/*")] == ["step-00000004"]
+    now = everything(out)
+    assert all(torch.equal(x, now[k]) for k, x in left.items() if torch.is_tensor(x))
+
+
+def test_torchrun_restarts_ranks_when_one_is_killed(undisturbed, tmp_path):
+    """The run goes on from its checkpoint, to the student of an undisturbed one."""
+    out = tmp_path / "run"
+    command = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    flags = map(str, [*SHORT, "--shard", "fsdp", "--out", out])
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", *command, "train.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        while not any(out.glob("checkpoints/step-????????")) and torchrun.poll() is None:
+            time.sleep(0.02)
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said = torchrun.communicate(timeout=120)[0]
+    finally:
+        torchrun.kill()
+    assert torchrun.returncode == 0, said[-3000:]
+    assert "continuing" in said, said[-3000:]
+    assert_near(out, undisturbed(*SHORT, "--accumulate", 2))
