@@ -4,6 +4,7 @@
     python train.py --student-steps 2          # a two-step student
     python train.py --no-ida --no-isg --no-gan # plain DMD; each part has its switch
     torchrun --nproc_per_node 8 train.py --teacher flux-dev --data DIR [--weights DIR]
+    python train.py --teacher flux-dev --plan --gpus 8 --gpu-memory 80   # does it fit?
     python train.py --help                     # every setting
 
 The same command continues an interrupted run. Results are in runs/TEACHER (or --out):
@@ -42,6 +43,7 @@ from ida import ida_update
 from isg import isg_loss
 from nets.weights import stream_weights
 from pictures import curves, exam_pictures
+from plan import add_plan_flags, show_plan
 from schedule import Cond, Rng, generator, grid
 from teachers import (
     Files,
@@ -641,6 +643,7 @@ def arguments() -> tuple[Config, argparse.Namespace]:
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     overwrite = "start anew where --out holds another run"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
+    add_plan_flags(parser)
     for part, field, off in (
         ("ida", "ida_decay", 1.0),
         ("isg", "w_isg", 0.0),
@@ -654,6 +657,8 @@ def arguments() -> tuple[Config, argparse.Namespace]:
 def main() -> None:
     try:
         cfg, given = arguments()
+        if given.plan:
+            raise SystemExit(show_plan(cfg, given))
         device = parallel.start()
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
         check_size(cfg.teacher, cfg.size)
