@@ -1,6 +1,7 @@
 """What one iteration costs, before anything is loaded: bytes on each GPU, and FLOPs.
 
     turns, calls         which networks one train_step calls, and how often
+    call_table           each of these calls by itself
     measure              what each kind of call costs, on tensors that have no memory
     resident, moments    bytes that are always there, and what each stage of a turn adds to them
     flops                of a turn, by network; averaged over all turns
@@ -296,72 +297,97 @@ def text_width(teacher: str) -> int:
     return SceneText.pooled_width if teacher == "digits" else reader.embedding or reader.width
 
 
+@dataclass(frozen=True)
+class Call:
+    """A network as train_step uses it."""
+
+    run: Callable[[], Iterable[Tensor]]
+    nets: list[nn.Module]
+    learn: bool  # with a backward pass
+
+
 def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[str, Cost]:
     """Every call in `calls` and `loading`. cuda: with the dtypes of its autocast."""
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     model.kept_rotations.cache_clear()  # tables with memory and without do not mix
     norms = norms_in_fp32() if cuda and cfg.bf16 else contextlib.nullcontext()
     try:
-        # What autocast would cast is bf16 from the start, as sharding hands it out; `resident`
+        # What autocast would cast is bf16 from the start, as sharding hands it out; `moments`
         # counts the copies that autocast keeps where nothing is sharded.
         with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16), norms:
             for part in nets:
                 for net in nets[part] if part != "disc" else ():
-                    hollow(net, torch.float32 if part == "heads" else dtype)
-            costs = measure_denoisers(cfg, nets, dtype) | measure_vae(cfg, nets)
-            return costs | (measure_disc(cfg, nets, dtype) if cfg.w_gan else {})
+                    trains = torch.bfloat16 if cfg.bf16 and part != "heads" else torch.float32
+                    hollow(net, trains)
+            table = call_table(cfg, nets)
+            costs = {name: measured(x.run, x.nets, x.learn) for name, x in table.items()}
+            student, draw = nets["student"], table["student: learn"].run
+            for block in student[0].blocks():  # without recomputation
+                block.__dict__.pop("forward", None)
+            costs["student: all kept"] = measured(draw, student, True, backward=False)
+            return alike(costs)
     finally:
         model.kept_rotations.cache_clear()
 
 
-def measure_denoisers(cfg: Config, nets: dict, dtype: torch.dtype) -> dict[str, Cost]:
-    """The fake score costs what the student does. And the text encoders."""
+def alike(found: dict) -> dict:
+    """What was found of the student is true of the fake score."""
+    return found | {f"fake{x[7:]}": y for x, y in found.items() if x.startswith("student")}
+
+
+def call_table(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
+    """Every call of `calls` and `loading` but the fake score's, on random inputs."""
+    table = denoiser_calls(cfg, nets) | vae_calls(cfg, nets)
+    return table | (disc_calls(cfg, nets) if cfg.w_gan else {})
+
+
+def denoiser_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
+    """And the text encoders'."""
     (student,), (teacher,), encoders = nets["student"], nets["teacher"], nets["text"]
     batch, shape = cfg.batch, latent_shape(cfg.teacher, cfg.size)
     many = batch * (1 + uses_null(cfg.teacher))  # with and without text, in one call
-    x_t, t = torch.empty(many, *shape), torch.empty(many)
-    cond = conditioning(cfg.teacher, many, dtype)
+    x_t, t = torch.randn(many, *shape), torch.rand(many)
+    cond = conditioning(cfg.teacher, many, torch.bfloat16 if cfg.bf16 else torch.float32)
     scale = {"guidance": t} if cfg.teacher == "flux-dev" else {}
     own = {name: value[:batch] for name, value in cond.items()}
 
     def draw() -> list[Tensor]:
         return [student(x_t[:batch], t[:batch], own)]
 
+    def guide() -> list[Tensor]:
+        return [teacher(x_t, t, cond | scale)]
+
     def read() -> list[Tensor]:
         long = {CLIP: CLIP_LENGTH, T5: T5_LENGTH.get(cfg.teacher, 0)}
         ids = [torch.zeros(batch, long[type(net)], dtype=torch.long) for net in encoders]
         return tree_leaves([net(i) for net, i in zip(encoders, ids, strict=True)])
 
-    guided = measured(lambda: [teacher(x_t, t, cond | scale)], [teacher], False)
-    costs = {"teacher: forward": guided, "text: forward": measured(read, encoders, False)}
-    forward, learn = (measured(draw, [student], grad) for grad in (False, True))
-    for block in student.blocks():  # what a network of PyTorch does by itself
-        block.__dict__.pop("forward", None)
-    costs["student: all kept"] = measured(draw, [student], True, backward=False)
-    for name in ("student", "fake"):
-        costs |= {f"{name}: forward": forward, f"{name}: learn": learn}
-    return costs
+    return {
+        "student: forward": Call(draw, [student], False),
+        "student: learn": Call(draw, [student], True),
+        "teacher: forward": Call(guide, [teacher], False),
+        "text: forward": Call(read, encoders, False),
+    }
 
 
-def measure_vae(cfg: Config, nets: dict) -> dict[str, Cost]:
+def vae_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
     (vae,), shape = nets["VAE"], latent_shape(cfg.teacher, cfg.size)
-    image = torch.empty(cfg.batch, 3, *cfg.size)
-    latent = torch.empty(cfg.batch, *shape, requires_grad=True)
+    image = torch.rand(cfg.batch, 3, *cfg.size)
+    latent = torch.randn(cfg.batch, *shape, requires_grad=True)
 
     def decode() -> list[Tensor]:
         return [vae.decode(latent)]
 
     return {
-        "VAE: encode": measured(lambda: [vae.encode(image)], [vae], False),
-        "VAE: decode": measured(decode, [vae], False),
-        "VAE: decode, learn": measured(decode, [vae], True),
+        "VAE: encode": Call(lambda: [vae.encode(image)], [vae], False),
+        "VAE: decode": Call(decode, [vae], False),
+        "VAE: decode, learn": Call(decode, [vae], True),
     }
 
 
-def measure_disc(cfg: Config, nets: dict, dtype: torch.dtype) -> dict[str, Cost]:
+def disc_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
     (disc,), batch = nets["disc"], cfg.batch
-    image = torch.empty(batch, 3, *cfg.size, requires_grad=True)
-    text, weight = torch.empty(batch, text_width(cfg.teacher)), torch.empty(batch)
+    image = torch.rand(batch, 3, *cfg.size, requires_grad=True)
+    text, weight = torch.randn(batch, text_width(cfg.teacher)), torch.rand(batch)
     maps = [x.detach() for x in disc.features(image.detach())]
     made = [x.clone().requires_grad_() for x in maps]
 
@@ -375,10 +401,10 @@ def measure_disc(cfg: Config, nets: dict, dtype: torch.dtype) -> dict[str, Cost]
         return [disc_loss(disc, maps, made, maps, text, weight)]
 
     return {
-        "discriminator: features": measured(features, [disc], False),
-        "discriminator: features, learn": measured(features, [disc], True),
-        "discriminator: for the student": measured(judge, [disc], True),
-        "discriminator: learn": measured(learn, [disc], True),
+        "discriminator: features": Call(features, [disc], False),
+        "discriminator: features, learn": Call(features, [disc], True),
+        "discriminator: for the student": Call(judge, [disc], True),
+        "discriminator: learn": Call(learn, [disc], True),
     }
 
 
