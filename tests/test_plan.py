@@ -174,20 +174,22 @@ def test_what_is_computed_again_is_the_blocks_forward_pass():
     ],
 )
 def test_the_planned_peak_is_that_of_a_real_iteration(teacher, flags):
-    """A student's turn with everything on, by torch's memory tracker; within 6 %."""
+    """A student's turn with everything on, by torch's memory tracker; within 3 %."""
     cfg, nets, opts, batch = setup(teacher, **flags)
     step, turn = step_of(cfg, batch, nets.student, (True, False))
     run(step, cfg, nets, opts, batch, contextlib.nullcontext())  # makes Adam's state
     tracker = MemTracker()
     tracker._mod_tracker = NoModules()
     parts = [nets.student, nets.fake, nets.teacher, nets.vae, nets.disc]
-    tracker.track_external(*parts, *(opt.optimizer for opt in opts.values()))
+    given = [batch.images, batch.x0_real, batch.text, *batch.cond.values()]
+    given += [] if batch.uncond is None else batch.uncond.values()
+    tracker.track_external(*parts, *given, *(opt.optimizer for opt in opts.values()))
     run(step, cfg, nets, opts, batch, tracker)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     measured = costs_of(cfg)
     stages = measured.moments(turn, gpus=1, cached=True)
     parts = measured.plan(1, cached=True).parts
-    assert sum(parts.values()) + max(stages.values()) == pytest.approx(peak, rel=0.06)
+    assert sum(parts.values()) + max(stages.values()) == pytest.approx(peak, rel=0.03)
 
 
 def test_sharding_divides_what_is_trained_and_the_teacher_and_nothing_else():
@@ -206,6 +208,25 @@ def test_sharding_divides_what_is_trained_and_the_teacher_and_nothing_else():
     assert {name for name in four if four[name] != cached[name]} == {"text encoders"}
     count = sum(p.numel() for p in measured.nets["student"][0].parameters())
     assert one["student and fake score, fp32"] == 8 * count
+
+
+def test_gradients_are_shared_out_as_they_come():
+    """A peak early in the backward pass has few of them, one at its end all."""
+    history = [(10, 0), (7, 4), (5, 8)]
+    assert [plan.peak(history, gpus) for gpus in (1, 2, 8)] == [13, 10, 10]
+    measured = costs_of(setup("flux-dev", bf16=False)[0])
+    weights = plan.count_trained(measured.nets["student"])
+    turn = Turn(learn=True, judged=True, drawn=0)
+    update = [measured.moments(turn, gpus, True)["student's update"] for gpus in (1, 4)]
+    assert update[0] - update[1] == pytest.approx(3 / 4 * 4 * weights, rel=1e-3)
+
+
+def test_norms_are_as_wide_as_cudas_autocast_makes_them_and_only_inside():
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with plan.norms_in_fp32():
+            assert torch.nn.functional.layer_norm(x, (8,)).dtype == torch.float32
+        assert torch.nn.functional.layer_norm(x, (8,)).dtype == torch.bfloat16
 
 
 def test_recomputation_is_what_makes_activations_small():
