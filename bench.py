@@ -108,7 +108,7 @@ def prepare(cfg: Config, device: torch.device) -> Bench:
         x0_real = torch.randn(cfg.batch, *latent_shape(cfg.teacher, cfg.size))
         null = uncond if uses_null(cfg.teacher) else None
         batch = train.Batch(range(cfg.batch), images, x0_real, cond, null, text)
-        nets = train.Nets(student, fake, teacher, disc, vae, nn.Identity(), None, student)
+        nets = train.Nets(student, fake, teacher, disc, vae, student)
         calls = plan.call_table(cfg, made)
     vae_fp32 = copy.deepcopy(vae).float()
     opts = train.build_learners(nets, cfg)
@@ -158,15 +158,18 @@ def released_step(step: int, bench: Bench, cfg: Config) -> None:
         segment = (student, teacher, x_t, prediction, tau_start, tau_end, cond, batch.uncond)
         how = (cfg.guidance_isg, cfg.isg_margin, cfg.isg_distance)
         loss = loss + cfg.w_isg * isg_loss(*segment, *how, rng("isg")) + cfg.w_gan * adversarial
-        train.update(opts["student"], loss, step, cfg, log, "student")
+        train.collect(opts["student"], loss, 0, cfg)
+        train.update("student", opts, step, cfg, log)
         ida_update(fake, student, cfg.ida_decay)
     loss = fake_loss(fake, x0, cond, cfg.t_fake, rng("fake"))
-    train.update(opts["fake"], loss, step, cfg, log, "fake")
+    train.collect(opts["fake"], loss, 0, cfg)
+    train.update("fake", opts, step, cfg, log)
     real, reference = features(disc, batch), features(disc, batch)
     features(disc, batch)  # the reference again, for the image that was made
     disc.power_iteration()
     loss = disc_loss(disc, real, made, reference, text, weight)
-    train.update(opts["disc"], loss, step, cfg, log, "disc")
+    train.collect(opts["disc"], loss, 0, cfg)
+    train.update("disc", opts, step, cfg, log)
 
 
 @torch.no_grad()

@@ -112,11 +112,11 @@ class Nets:
     teacher: nn.Module
     disc: Discriminator | None
     vae: nn.Module
-    text: nn.Module  # captions -> cond
-    reader: nn.Module | None  # captions -> what the discriminator reads of them
-    null: Cond | None  # the null caption, encoded once; None: guidance is the teacher's input
-    cache: Cache | None  # then there is no text and no reader
     ema: nn.Module  # the student's moving average; the student itself without one
+    text: nn.Module | None = None  # captions -> cond; None with a cache
+    reader: nn.Module | None = None  # captions -> what the discriminator reads of them; likewise
+    null: Cond | None = None  # the null caption, encoded once; None: guidance is a teacher's input
+    cache: Cache | None = None
 
 
 @dataclass
@@ -318,7 +318,7 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     reading = cfg.w_gan and not cache
     reader = load_reader(cfg.teacher, files, frozen, device) if reading else None
     null = read_null(cfg, text, device)
-    return Nets(student, fake, teacher, disc, vae, text, reader, null, cache, ema)
+    return Nets(student, fake, teacher, disc, vae, ema, text, reader, null, cache)
 
 
 def count_trained(cfg: Config, disc: Discriminator | None) -> int:

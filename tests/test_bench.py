@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import refused
 from small import SMALL
-from test_commands import command, refused  # noqa: F401 (a fixture)
 
 import bench
 import plan
@@ -87,7 +87,7 @@ def test_any_teacher_is_made_narrow_and_shallow(teacher, monkeypatch):
         monkeypatch.undo()
 
 
-def test_bench_prints_its_table_and_writes_json(command, tmp_path):  # noqa: F811
+def test_bench_prints_its_table_and_writes_json(command, tmp_path):
     """Seconds in both orders, a ratio, seconds and FLOPs by part, peak memory near the planned."""
     flags = ["--teacher", "flux-dev", "--size", 48, 32, "--iterations", 1]
     code, out, err = command(bench, *flags, "--out", tmp_path / "b.json")
@@ -112,6 +112,6 @@ def test_bench_prints_its_table_and_writes_json(command, tmp_path):  # noqa: F81
         (["--widths", 1], "--widths"),
     ],
 )
-def test_bench_refuses_what_cannot_be(command, flags, named):  # noqa: F811
+def test_bench_refuses_what_cannot_be(command, flags, named):
     given = ["--teacher", "flux-dev", *flags]
     refused(command(bench, *given), "bench.py: ", named)

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import refused
 from small import SMALL, flux
-from test_commands import command, refused  # noqa: F401 (a fixture)
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -40,7 +40,7 @@ def setup(teacher, **flags):
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     vae, disc = made["VAE"][0].to(frozen), made["disc"][0]
     disc.backbone.to(frozen)
-    nets = train.Nets(student, fake, real.to(frozen), disc, vae, None, None, student)
+    nets = train.Nets(student, fake, real.to(frozen), disc, vae, student)
     opts = train.build_learners(nets, cfg)
     cond, uncond = (plan.conditioning(teacher, 2, frozen) for _ in range(2))
     batch = train.Batch(
@@ -240,7 +240,7 @@ def test_recomputation_is_what_makes_activations_small():
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_plan_prints_its_table_and_whether_it_fits(command):  # noqa: F811
+def test_plan_prints_its_table_and_whether_it_fits(command):
     """Exit code 0 or 1; where it does not fit, what to change and what that brings."""
     flags = ["--teacher", "flux-dev", "--size", *SIZE, "--no-gan", "--plan"]
     code, out, err = command(train, *flags)
@@ -263,5 +263,5 @@ def test_plan_prints_its_table_and_whether_it_fits(command):  # noqa: F811
         (["--gpus", "many"], "many"),
     ],
 )
-def test_plan_refuses_what_cannot_be(command, flags, named):  # noqa: F811
+def test_plan_refuses_what_cannot_be(command, flags, named):
     refused(command(train, "--teacher", "flux-dev", "--plan", *flags), "train.py: ", named)
