@@ -93,9 +93,9 @@ def calls(turn: Turn, cfg: Config) -> dict[str, int]:
     }
 
 
-def loading(cfg: Config, cached: bool) -> dict[str, int]:
+def loading(cached: bool) -> dict[str, int]:
     """Calls that make the batch, before train_step; a cache has made them all ahead."""
-    return {"VAE: encode": not cached, "text: forward": (not cached) * (1 + uses_null(cfg.teacher))}
+    return {"VAE: encode": not cached, "text: forward": not cached}
 
 
 # --- counting ------------------------------------------------------------------------------------
@@ -573,7 +573,7 @@ class Measured:
         cfg, costs = self.cfg, self.costs
         kinds = {turn for p, turn in turns(cfg) if p}
         stages = [self.moments(turn, gpus, cached) for turn in kinds]
-        loaded = flops(costs, loading(cfg, cached))
+        loaded = flops(costs, loading(cached))
         spent = {
             "every turn": mean_flops(costs, cfg),
             "student's turn": mean_flops(costs, cfg, True),
@@ -627,7 +627,7 @@ def changes(measured: Measured, gpus: int, memory: float, cached: bool) -> list[
     """What makes it smaller, each alone, and what that would need."""
     cfg, found = measured.cfg, []
     if not cached:
-        found.append(("train from a cache", measured.plan(gpus, True)))
+        found.append(("--cache DIR", measured.plan(gpus, True)))
     more = (measured.plan(gpus * 2**k, cached) for k in range(1, 7))
     enough = next((plan for plan in more if fits(plan, memory)), None)
     if enough:
@@ -657,8 +657,6 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=8, help="of the plan")
     help = "of the plan, GB (10^9 bytes) of each"
     parser.add_argument("--gpu-memory", type=float, default=80.0, help=help)
-    help = "of the plan: texts and latents come from a cache, no text encoder is in memory"
-    parser.add_argument("--cached", action="store_true", help=help)
 
 
 def show_plan(cfg: Config, given: argparse.Namespace) -> int:
@@ -672,10 +670,10 @@ def show_plan(cfg: Config, given: argparse.Namespace) -> int:
     if not given.gpu_memory > 0:
         raise ValueError(f"--gpu-memory is {given.gpu_memory}; it must be above 0")
     measured, memory = Measured(cfg), 1e9 * given.gpu_memory
-    plan = measured.plan(given.gpus, given.cached)
+    plan = measured.plan(given.gpus, bool(cfg.cache))
     print(report(plan, memory))
     if fits(plan, memory):
         return 0
     print("\nwhat to change, each alone, and what it then needs (GB per GPU)")
-    print("\n".join(changes(measured, given.gpus, memory, given.cached)))
+    print("\n".join(changes(measured, given.gpus, memory, bool(cfg.cache))))
     return 1

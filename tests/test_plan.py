@@ -174,7 +174,7 @@ def test_what_is_computed_again_is_the_blocks_forward_pass():
     ],
 )
 def test_the_planned_peak_is_that_of_a_real_iteration(teacher, flags):
-    """A student's turn with everything on, by torch's memory tracker; within 3 %."""
+    """A student's turn with everything on, by torch's memory tracker; within 5 %."""
     cfg, nets, opts, batch = setup(teacher, **flags)
     step, turn = step_of(cfg, batch, nets.student, (True, False))
     run(step, cfg, nets, opts, batch, contextlib.nullcontext())  # makes Adam's state
@@ -189,7 +189,7 @@ def test_the_planned_peak_is_that_of_a_real_iteration(teacher, flags):
     measured = costs_of(cfg)
     stages = measured.moments(turn, gpus=1, cached=True)
     parts = measured.plan(1, cached=True).parts
-    assert sum(parts.values()) + max(stages.values()) == pytest.approx(peak, rel=0.03)
+    assert sum(parts.values()) + max(stages.values()) == pytest.approx(peak, rel=0.05)
 
 
 def test_sharding_divides_what_is_trained_and_the_teacher_and_nothing_else():
