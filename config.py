@@ -68,6 +68,7 @@ class Config:
     seed: int = 0                           # of every random number
     # housekeeping: these may change when a run is resumed
     out: str = ""                           # output folder; default runs/TEACHER
+    export: str = "student"                 # the student alone, or full: the official file too
     save_every: int = 250                   # iterations between checkpoints
     workers: int = 4                        # threads that read data ahead; 0: none
     keep: int = 2                           # checkpoints kept
@@ -76,7 +77,17 @@ class Config:
     # fmt: on
 
 
-HOUSEKEEPING = ("out", "cache", "weights", "workers", "save_every", "keep", "exam_every", "table")
+HOUSEKEEPING = (
+    "out",
+    "export",
+    "cache",
+    "weights",
+    "workers",
+    "save_every",
+    "keep",
+    "exam_every",
+    "table",
+)
 SHARED_OUT = ("batch", "accumulate", "shard")  # ranks may change, the samples of an iteration not
 
 TEACHERS = {
@@ -261,6 +272,7 @@ def check(cfg: Config) -> None:
     """Raises ValueError that names the flag, its value and what it may be."""
     choices = {
         "crop": ("centre", "random"),
+        "export": ("student", "full"),
         "isg_distance": ("l2", "charbonnier"),
         "t_dmd": ("uniform", "logit-normal"),
         "t_fake": ("uniform", "logit-normal"),

@@ -148,7 +148,7 @@ def load_denoiser(
         net = build(teacher, shift)
     if torch.device(device).type == "meta":
         return net.to(dtype)
-    return load_weights(net, path, dtype, device, prefix_of(teacher, "denoiser"))
+    return load_weights(net, path, dtype, device, prefix_of(teacher))
 
 
 def load_teacher(teacher: str, shift: float, files: Files = EMBEDDED, *how) -> nn.Module:
@@ -178,7 +178,7 @@ def read_student(path: Path) -> dict[str, str]:
     return about
 
 
-def prefix_of(teacher: str, part: str) -> str:
+def prefix_of(teacher: str, part: str = "denoiser") -> str:
     """What precedes a network's names in the official file, and in a student's."""
     return OFFICIAL[teacher][part].prefix if teacher in OFFICIAL else ""
 

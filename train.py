@@ -14,13 +14,9 @@ student.safetensors, samples.png, curves.png, log.csv, metrics.json.
 import argparse
 import collections
 import copy
-import csv
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,40 +24,40 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import parallel
-from cache import Cache, claim, complete, write_cache
-from config import Config, Parser, differences, parse, refuse
+from cache import Cache, cond_of, fill_cache, frozen_rows, read_null
+from config import Config, Parser, parse, refuse
 from data import Ahead, Prompts, batch_ids, open_data
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from exam import Exam, exam_table, format_table
 from ida import ida_update
+from images import Pairs
 from isg import isg_loss
-from nets.weights import stream_weights
-from pictures import curves, exam_pictures
+from nets.weights import merge_weights, stream_weights
+from pictures import curves, exam_pictures, sheet
 from plan import add_plan_flags, show_plan
-from schedule import Cond, Rng, generator, grid
+from run import LOSSES, Run, keep_samples, open_log, prepare_folder, say
+from schedule import Cond, Rng, generator, grid, normal, sample_x0
 from teachers import (
     Files,
     build,
     check_size,
     embedding_width,
-    encode,
     latent_shape,
     load_backbone,
     load_reader,
     load_start,
+    load_student,
     load_teacher,
     load_text,
     load_vae,
     locate,
     null_for,
     prefix_of,
-    uses_null,
 )
 
 
@@ -350,6 +346,12 @@ def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
     return learners | ({"disc": learner(nets.disc.heads, cfg.lr_disc)} if nets.disc else {})
 
 
+def precision(cfg: Config, nets: Nets, device: torch.device) -> torch.autocast:
+    """bf16 on one device; networks shared by several ranks cast by themselves."""
+    enabled = cfg.bf16 and not parallel.is_shared(nets.student)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 def ids_of(cfg: Config, step: int) -> range:
     """This rank's samples of a step, all parts of its batch."""
     return batch_ids(step, cfg.accumulate * cfg.batch, parallel.rank(), parallel.world())
@@ -362,7 +364,7 @@ def load_batch(ids: range, pairs, nets: Nets, cfg: Config, device: torch.device)
         rows = nets.cache.rows(pairs, device)
     else:
         rows = frozen_rows(pairs, nets.text, nets.reader, nets.vae, cfg, device)
-    cond = {name.removeprefix("cond."): x for name, x in rows.items() if name.startswith("cond.")}
+    cond = cond_of(rows)
     uncond = null_for(cfg.teacher, nets.null, cond) if nets.null else None
     if pairs.images is None:
         x0_real = torch.zeros(len(ids), *latent_shape(cfg.teacher, cfg.size), device=device)
@@ -371,163 +373,7 @@ def load_batch(ids: range, pairs, nets: Nets, cfg: Config, device: torch.device)
     return Batch(ids, pairs.images.to(device), x0_real, cond, uncond, rows.get("reader"))
 
 
-def frozen_rows(
-    pairs,
-    text: nn.Module,
-    reader: nn.Module | None,
-    vae: nn.Module,
-    cfg: Config,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Text and latents of a batch; what a cache keeps of it."""
-    sizes = (*cfg.size, 0, 0, *cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
-    cond = encode(text, pairs.captions, device, sizes)
-    rows = {f"cond.{name}": tensor for name, tensor in cond.items()}
-    if reader:
-        rows["reader"] = reader.embedding(pairs.captions, device)
-    if pairs.images is not None:
-        parts = pairs.images.to(device).split(cfg.batch)
-        rows["latent"] = torch.cat([vae.encode(part) for part in parts])
-    return rows
-
-
-@torch.no_grad()
-def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
-    """--cache: computed where it is not there yet, by all ranks; then only read."""
-    if cfg.teacher == "digits" or cfg.crop == "random":
-        why = "the embedded task has" if cfg.teacher == "digits" else "--crop random leaves"
-        raise ValueError(f"--cache {cfg.cache}: {why} nothing to keep")
-    folder, count = Path(cfg.cache), data.epochs.length
-    about = {"teacher": cfg.teacher, "size": list(cfg.size), "buckets": cfg.buckets, "t5": cfg.t5}
-    about |= {"bf16": cfg.bf16, "reader": cfg.w_gan > 0}
-    claim(folder, about)
-    if not complete(folder, count):
-        files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
-        how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
-        text, vae = load_text(cfg.teacher, files, *how), load_vae(cfg.teacher, files, *how)
-        reader = load_reader(cfg.teacher, files, *how) if cfg.w_gan else None
-        if uses_null(cfg.teacher) and parallel.rank() == 0:
-            null = encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
-            save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
-        around = (text, reader, vae, cfg, device)
-        share = (parallel.rank(), parallel.world())
-        write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
-        parallel.agree(True, device)  # no rank reads before all have written
-    return Cache(folder)
-
-
-def read_null(cfg: Config, text: nn.Module | None, device: torch.device) -> Cond | None:
-    """The null caption, from the text encoders or the cache."""
-    if not uses_null(cfg.teacher):
-        return None
-    if text:
-        return encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
-    return load_file(Path(cfg.cache) / "null.safetensors", device=str(device))
-
-
-# --- a run: the folder, the log, the loop --------------------------------------------------------
-
-
-def prepare_folder(cfg: Config, overwrite: bool) -> Path:
-    """The output folder, made if need be. ValueError if it holds a run of another configuration."""
-    out = Path(cfg.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from None
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"{out} cannot be written to; choose another --out")
-    if parallel.rank() > 0:
-        return out
-    saved = out / "config.json"
-    if overwrite:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        saved.unlink(missing_ok=True)
-    if saved.is_file():
-        try:
-            changed = differences(json.loads(saved.read_text()), cfg)
-        except json.JSONDecodeError:
-            raise ValueError(f"{saved} is damaged; start anew with --overwrite") from None
-        if changed:
-            raise ValueError(
-                f"{out} holds a run of another configuration ({'; '.join(changed)}); "
-                "choose another folder with --out, or start anew with --overwrite"
-            )
-    return out
-
-
-def keep_samples(cfg: Config, out: Path) -> Config:
-    """A run that continues sees the same samples in an iteration, on any number of ranks.
-
-    --accumulate makes up for ranks that came or went. ValueError where it cannot.
-    """
-    path = out / "config.json"
-    if not path.is_file():
-        return cfg
-    try:
-        saved, world = json.loads(path.read_text()), parallel.world()
-    except json.JSONDecodeError:
-        return cfg  # prepare_folder says so
-    total = saved["batch"] * saved.get("accumulate", 1) * saved.get("world", world)
-    if cfg.batch * cfg.accumulate * world == total:
-        return cfg
-    if total % (cfg.batch * world):
-        raise ValueError(
-            f"{out} has {total} samples an iteration, which {world} ranks x --batch {cfg.batch} "
-            "cannot make; choose --batch so that it divides, or start anew with --overwrite"
-        )
-    cfg = dataclasses.replace(cfg, accumulate=total // (cfg.batch * world))
-    say(f"--accumulate {cfg.accumulate}: {out} has {total} samples an iteration")
-    return cfg
-
-
-LOSSES = ["dmd", "isg", "gan", "fake", "disc"]
-COLUMNS = ["step", *LOSSES, "norm_student", "norm_fake", "norm_disc", "skipped"]
-
-
-def open_log(path: Path, step: int) -> csv.DictWriter:
-    """log.csv, one row an iteration; rows from `step` on, where a run is resumed, are dropped."""
-    rows = []
-    if path.is_file():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))[:step]
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
-    file = open(path, "a", newline="", buffering=1)  # noqa: SIM115 (open as long as the run)
-    return csv.DictWriter(file, COLUMNS, restval="")
-
-
-class Run:
-    """What a run carries from step to step beside weights."""
-
-    def __init__(self):
-        self.exams: list[dict] = []  # short exams so far
-        self.skipped, self.in_a_row = 0, 0  # iterations with an update that was not finite
-        self.stop = False  # SIGTERM came
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, *_) -> None:
-        self.stop = True
-
-    def count_skipped(self, skipped: float) -> None:
-        """Raises FloatingPointError when ten iterations in a row skipped an update."""
-        self.skipped += int(skipped > 0)
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row == 10:
-            raise FloatingPointError("ten iterations in a row had a loss or gradient not finite")
-
-    def state(self) -> dict:
-        return {"exams": self.exams, "skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def resume(self, state: dict) -> int:
-        """Returns the first step to do."""
-        self.exams, self.skipped = state["exams"], state["skipped"]
-        self.in_a_row = state["in_a_row"]
-        return state["step"]
+# --- a run: the loop -----------------------------------------------------------------------------
 
 
 def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: torch.device) -> Run:
@@ -549,11 +395,10 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
     hidden = parallel.rank() > 0
     steps = range(first, cfg.steps)
     bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden)
-    autocast = cfg.bf16 and not parallel.is_shared(nets.student)
     with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
         for step, pairs in zip(steps, pairs_of, strict=True):
             batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with precision(cfg, nets, device):
                 values = train_step(step, batch, nets, opts, cfg)
             values = parallel.mean_over_ranks(values, device)
             if log:
@@ -570,6 +415,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
                 row = exam.short(examined, anchors(cfg, nets.student.schedule))
                 run.exams.append({"name": f"student, step {done}", "step": done} | row)
                 say(format_table(run.exams[-1:]))
+            if due and cfg.teacher != "digits":
+                draw_sheet(cfg, nets, data, out / "samples" / f"step-{done:06d}.png", device)
             stop = not parallel.agree(not run.stop, device)
             if last or stop or done % cfg.save_every == 0:
                 parallel.save_checkpoint(folder, done, saved, optimizers, run.state(), cfg.keep)
@@ -596,7 +443,7 @@ def export(nets: Nets, cfg: Config, out: Path) -> Path:
         "taus": json.dumps(anchors(cfg, nets.student.schedule)),
     }
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    prefix = prefix_of(cfg.teacher, "denoiser")
+    prefix = prefix_of(cfg.teacher)
     shapes = {prefix + name: x.shape for name, x in sorted(nets.ema.state_dict().items())}
     tensors = ((prefix + name, x) for name, x in parallel.gather(nets.ema))
     if parallel.rank() == 0:
@@ -604,6 +451,13 @@ def export(nets: Nets, cfg: Config, out: Path) -> Path:
     else:
         collections.deque(tensors, maxlen=0)  # takes part, keeps nothing
     return path
+
+
+def merge(cfg: Config, student: Path) -> None:
+    """--export full: the official file of several networks, the student in its teacher's place."""
+    net, about = load_student(student, torch.bfloat16 if cfg.bf16 else torch.float32)
+    base = locate(cfg.teacher, cfg.weights, text=False)["denoiser"][0]
+    merge_weights(net, student.with_name("full.safetensors"), base, about, prefix_of(cfg.teacher))
 
 
 def is_examined(cfg: Config) -> bool:
@@ -619,6 +473,35 @@ def whole_net(net: nn.Module, cfg: Config) -> nn.Module:
     return alone.requires_grad_(False)
 
 
+SHOWN = 4  # captions of the sheet
+
+
+@torch.no_grad()
+def draw_sheet(cfg: Config, nets: Nets, data, path: Path, device: torch.device) -> None:
+    """The student's images for the first captions of the data, from fixed noise; by all ranks."""
+    first = data(range(cfg.batch * cfg.accumulate if cfg.buckets else SHOWN))
+    size = cfg.size if first.images is None else tuple(first.images.shape[-2:])
+    taus, images = anchors(cfg, nets.student.schedule), []
+    for k, caption in enumerate(first.captions[:SHOWN]):
+        parts = (None if x is None else x[k : k + 1] for x in (first.images, first.sizes))
+        one = Pairs([caption], *parts)
+        draw = [generator("sheet", k)]
+        eps = normal(torch.empty(1, *latent_shape(cfg.teacher, size), device=device), draw)
+        with precision(cfg, nets, device):
+            x0 = sample_x0(
+                nets.ema,
+                eps,
+                load_batch(range(1), one, nets, cfg, device).cond,
+                taus,
+                generators=draw,
+            )
+            images.append(nets.vae.decode(x0).cpu())
+    if parallel.rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        title = f"student, {len(taus)} steps"
+        sheet(path, first.captions[:SHOWN], {title: torch.stack(images)})
+
+
 def report(cfg: Config, out: Path, nets: Nets, exam: Exam | None, run: Run, seconds: float) -> None:
     """The table, the pictures and metrics.json."""
     level = exam.short_level() if exam else None
@@ -631,11 +514,6 @@ def report(cfg: Config, out: Path, nets: Nets, exam: Exam | None, run: Run, seco
         metrics["table_seconds"] = time.time() - start
         print(format_table(metrics["table"]))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-
-
-def say(line: str) -> None:
-    if parallel.rank() == 0:
-        tqdm.write(line)
 
 
 def arguments() -> tuple[Config, argparse.Namespace]:
@@ -668,6 +546,8 @@ def main() -> None:
             check_size(cfg.teacher, size)
         if isinstance(data, Prompts) and cfg.w_gan:
             raise ValueError(f"--data {cfg.data} has no images to judge by; add --no-gan")
+        if cfg.export == "full" and not prefix_of(cfg.teacher):
+            raise ValueError(f"--export full: the file of {cfg.teacher} holds no other network")
         out = prepare_folder(cfg, given.overwrite)
         cache = fill_cache(cfg, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
@@ -684,8 +564,12 @@ def main() -> None:
     try:
         run = train(cfg, out, nets, data, exam, device)
         path = export(nets, cfg, out)
+        if cfg.teacher != "digits":
+            draw_sheet(cfg, nets, data, out / "samples.png", device)
         if is_examined(cfg):  # by rank 0 alone
             nets = dataclasses.replace(nets, ema=whole_net(nets.ema, cfg), teacher=teacher)
+        if cfg.export == "full" and parallel.rank() == 0:
+            merge(cfg, path)
         if parallel.rank() == 0:
             report(cfg, out, nets, exam, run, time.time() - start)
             print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")

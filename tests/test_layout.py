@@ -20,7 +20,8 @@ ALLOWED = {
     "isg": {"schedule"},
     "discriminator": {"nets"},
     "images": {"schedule"},
-    "cache": {"images", "nets"},
+    "cache": {"config", "schedule", "parallel", "nets", "images", "teachers"},
+    "run": {"config", "parallel"},
     "data": {"config", "schedule", "parallel", "nets", "images"},
     "model": {"config", "schedule", "parallel", "nets"},
 }

@@ -14,6 +14,7 @@ import torch
 from conftest import refused
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from small import SMALL, make_official
 
 import sample
@@ -171,9 +172,32 @@ def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
     wanted = {name for name in end if name.startswith("guidance_in")}
     wanted |= {name for name in end if name == "joint_blocks.2.context_block.attn.ln_q.weight"}
     assert still == wanted, f"did not move: {sorted(still - wanted)[:5]}"
+    with Image.open(out / "samples.png") as drawn:
+        assert drawn.height > 4 * 32, "a sheet of four captions"
     drawn = ["--checkpoint", student, "--weights", folder(teacher), "--prompt", "a fox"]
     assert command(sample, *drawn, "--out", tmp_path / "out.png")[0] == 0
     assert pixels(tmp_path / "out.png")[0].shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("teacher", ["sdxl", "sd15", "sd35-medium"])
+def test_a_student_merged_back_is_the_official_file_but_for_its_denoiser(
+    command, folder, pictures, tmp_path, teacher
+):
+    """--export full: every name, shape and place; the other networks bit for bit."""
+    out = tmp_path / "run"
+    flags = flags_for(teacher, folder, pictures, out)
+    code, _, err = command(train, *flags, "--no-gan", "--export", "full", "--steps", 1)
+    assert code == 0, err
+    base = teachers.locate(teacher, str(folder(teacher)))["denoiser"][0]
+    assert header(out / "full.safetensors")[0] == header(base)[0]
+    files = (out / "full.safetensors", base, out / "student.safetensors")
+    full, official, student = map(load_file, files)
+    prefix = teachers.prefix_of(teacher)
+    for name, tensor in full.items():
+        wanted = student if name.startswith(prefix) else official
+        assert torch.equal(tensor, wanted[name].to(tensor.dtype)), name
+    flux = flags_for("flux-dev", folder, pictures, tmp_path / "flux")
+    refused(command(train, *flux, "--export", "full"), "--export full", "flux-dev")
 
 
 @pytest.mark.parametrize("teacher", TRAINED)

@@ -1,0 +1,127 @@
+"""A run beside its networks: the folder, the log, what is carried from step to step.
+
+prepare_folder   made if need be; refused if it holds a run of another configuration
+keep_samples     a run that continues sees the same samples, on any number of ranks
+open_log         log.csv, one row an iteration
+Run              exams so far, skipped updates, SIGTERM
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from tqdm import tqdm
+
+import parallel
+from config import Config, differences
+
+
+def say(line: str) -> None:
+    if parallel.rank() == 0:
+        tqdm.write(line)
+
+
+def prepare_folder(cfg: Config, overwrite: bool) -> Path:
+    """The output folder, made if need be. ValueError if it holds a run of another configuration."""
+    out = Path(cfg.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} cannot be written to; choose another --out")
+    if parallel.rank() > 0:
+        return out
+    saved = out / "config.json"
+    if overwrite:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        saved.unlink(missing_ok=True)
+    if saved.is_file():
+        try:
+            changed = differences(json.loads(saved.read_text()), cfg)
+        except json.JSONDecodeError:
+            raise ValueError(f"{saved} is damaged; start anew with --overwrite") from None
+        if changed:
+            raise ValueError(
+                f"{out} holds a run of another configuration ({'; '.join(changed)}); "
+                "choose another folder with --out, or start anew with --overwrite"
+            )
+    return out
+
+
+def keep_samples(cfg: Config, out: Path) -> Config:
+    """A run that continues sees the same samples in an iteration, on any number of ranks.
+
+    --accumulate makes up for ranks that came or went. ValueError where it cannot.
+    """
+    path = out / "config.json"
+    if not path.is_file():
+        return cfg
+    try:
+        saved, world = json.loads(path.read_text()), parallel.world()
+    except json.JSONDecodeError:
+        return cfg  # prepare_folder says so
+    total = saved["batch"] * saved.get("accumulate", 1) * saved.get("world", world)
+    if cfg.batch * cfg.accumulate * world == total:
+        return cfg
+    if total % (cfg.batch * world):
+        raise ValueError(
+            f"{out} has {total} samples an iteration, which {world} ranks x --batch {cfg.batch} "
+            "cannot make; choose --batch so that it divides, or start anew with --overwrite"
+        )
+    cfg = dataclasses.replace(cfg, accumulate=total // (cfg.batch * world))
+    say(f"--accumulate {cfg.accumulate}: {out} has {total} samples an iteration")
+    return cfg
+
+
+LOSSES = ["dmd", "isg", "gan", "fake", "disc"]
+COLUMNS = ["step", *LOSSES, "norm_student", "norm_fake", "norm_disc", "skipped"]
+
+
+def open_log(path: Path, step: int) -> csv.DictWriter:
+    """log.csv, one row an iteration; rows from `step` on, where a run is resumed, are dropped."""
+    rows = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))[:step]
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+    file = open(path, "a", newline="", buffering=1)  # noqa: SIM115 (open as long as the run)
+    return csv.DictWriter(file, COLUMNS, restval="")
+
+
+class Run:
+    """What a run carries from step to step beside weights."""
+
+    def __init__(self):
+        self.exams: list[dict] = []  # short exams so far
+        self.skipped, self.in_a_row = 0, 0  # iterations with an update that was not finite
+        self.stop = False  # SIGTERM came
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_) -> None:
+        self.stop = True
+
+    def count_skipped(self, skipped: float) -> None:
+        """Raises FloatingPointError when ten iterations in a row skipped an update."""
+        self.skipped += int(skipped > 0)
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row == 10:
+            raise FloatingPointError("ten iterations in a row had a loss or gradient not finite")
+
+    def state(self) -> dict:
+        return {"exams": self.exams, "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def resume(self, state: dict) -> int:
+        """Returns the first step to do."""
+        self.exams, self.skipped = state["exams"], state["skipped"]
+        self.in_a_row = state["in_a_row"]
+        return state["step"]
