@@ -179,7 +179,7 @@ def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
         around = (text, reader, vae, cfg, device)
         share = (parallel.rank(), parallel.world())
         write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
-        parallel.agree(True, device)  # no rank reads before all have written
+        parallel.barrier()
     return Cache(folder)
 
 

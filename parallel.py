@@ -90,6 +90,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier() -> None:
+    """No rank goes on before all are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def agree(yes: bool, device: torch.device) -> bool:
     """True if it is true on every rank."""
     if world() == 1:
