@@ -75,7 +75,7 @@ def write_cache(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Samples 0 .. count - 1, `batch` at a time; of the shards not there, each rank its share.
+    """Samples 0 .. count - 1, `batch` at a time; each rank writes what is missing of its shards.
 
     compute: what to keep of a batch, rows by name.
     """

@@ -15,7 +15,7 @@ from typing import NoReturn
 @dataclass(frozen=True)
 class Config:
     # fmt: off
-    teacher: str = "digits"                 # whose network is distilled; presets all below
+    teacher: str = "digits"                 # whose network is distilled; sets all defaults
     size: tuple[int, int] = (1024, 1024)    # height and width of the images, pixels
     data: str = "data"                      # images with captions, or prompts (digits: its own)
     crop: str = "centre"                    # of an image of another shape: centre | random
@@ -72,7 +72,7 @@ class Config:
     save_every: int = 250                   # iterations between checkpoints
     workers: int = 4                        # threads that read data ahead; 0: none
     keep: int = 2                           # checkpoints kept
-    exam_every: int = 125                   # iterations between short exams of the student; 0: none
+    exam_every: int = 125                   # iterations between exams or sheets of samples; 0: none
     table: bool = True                      # the teacher too in the table at the end
     # fmt: on
 

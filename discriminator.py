@@ -1,4 +1,4 @@
-"""The discriminator on a frozen vision model: real pixels, given a caption and a real reference?
+"""The discriminator on a frozen vision model: real pixels, for this caption and reference, or made?
 
     VFM discriminator    Discriminator        frozen backbone -> feature maps -> one head each
     timestep weight      omega                adversarial feedback where little noise is left
@@ -184,7 +184,9 @@ class Discriminator(nn.Module):
 
 
 def omega(schedule, tau: Tensor) -> Tensor:
-    """The adversarial weight (B,): alpha(tau)^2, (1 - sigma)^2 for flows; zero at pure noise."""
+    """The adversarial weight (B,): alpha(tau)^2. For flows (1 - tau)^2, zero at pure noise; at
+    DDPM's first anchor .005.
+    """
     return schedule.alpha(tau).square()
 
 

@@ -55,7 +55,7 @@ def isg_loss(
     distance: str,
     rng: Rng,
 ) -> Tensor:
-    """Scalar, fp32.
+    """Eq. 12: the student's one step over the segment against the target; a scalar in fp32.
 
     prediction: the student's at (x_t, tau_start), already made for DMD, carrying the gradient;
     guidance: range of the teacher's scale, drawn per sample; distance: "l2" | "charbonnier".

@@ -504,7 +504,7 @@ class Flux(nn.Module):
 
 
 def silence_guidance(net: Flux) -> None:
-    """Makes a student of FLUX.1-dev: no guidance input, yet every tensor of the official file.
+    """Makes a student of FLUX.1-dev: guidance has no effect, yet every official tensor is there.
 
     The last layer of the guidance embedder becomes zero, so its output is zero whatever the scale;
     the whole embedder is frozen (no gradient passes a zero layer).

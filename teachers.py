@@ -4,11 +4,11 @@
     locate                   the files of all of them, or one error for what is missing
     build, load_denoiser     the denoiser alone, without or with weights
     load_vae, load_text      what stands around it
-    load_backbone, _reader   the discriminator's frozen networks
+    load_backbone, load_reader   the discriminator's frozen networks
     load_student             a file that train.py saved
     encode, null_for         captions to cond, and to what guidance leads away from
-    uses_null
-    latent_shape, check_size, sampling_times
+    uses_null                whether guidance needs the null caption
+    latent_shape, check_size, sampling_times   sizes, and a teacher's own times
 
 Weights go to `dtype`, a tensor at a time. Errors are FileNotFoundError, PermissionError (a gated
 repository) or ValueError, on one line.
@@ -157,7 +157,7 @@ def load_teacher(teacher: str, shift: float, files: Files = EMBEDDED, *how) -> n
 
 
 def load_start(teacher: str, shift: float, files: Files, device: torch.device | str) -> nn.Module:
-    """What student and fake score begin as: the teacher in fp32, without a guidance input."""
+    """What student and fake score begin as: the teacher in fp32, its guidance input silenced."""
     net = load_teacher(teacher, shift, files, torch.float32, device)
     if isinstance(net, Flux):
         silence_guidance(net)

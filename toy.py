@@ -207,7 +207,7 @@ BATCH, EVERY, COUNT = 128, 25, 2048  # points a step; iterations between measure
 
 
 def distill(setting: Setting, seed: int, teacher: nn.Module, start: MLP) -> dict:
-    """Algorithm 1 without a discriminator; returns curves, final samples and times."""
+    """Algorithm 1 without a discriminator; returns curves, final samples and seconds."""
     began, s = time.perf_counter(), setting
     student, fake = (copy.deepcopy(start).requires_grad_(True) for _ in range(2))
     opt = torch.optim.Adam(student.parameters(), lr=s.lr, fused=True)
@@ -370,7 +370,7 @@ IDA, ISG = {"ida": 0.97}, {"w_isg": 1.0}
 @dataclass(frozen=True)
 class Scenario:
     variants: dict[str, Setting]
-    columns: tuple[str, ...] = ("late swd",)  # of the table: "late", "peak" or "last" of a measure
+    columns: tuple[str, ...] = ("late swd",)  # of the table: "late" or "peak" of a measure
     curves: tuple[str, ...] = ("swd",)  # measures drawn against iterations
     across: str = ""  # the columns are drawn against this, the first word of a variant's name
     panels: tuple[str, ...] = ()  # variants whose points are drawn; (): all

@@ -133,7 +133,7 @@ class Learner:
 def train_step(
     step: int, batch: Batch, nets: Nets, opts: dict[str, Learner], cfg: Config
 ) -> dict[str, float]:
-    """Fake score and discriminator learn, on every ttur-th step the student. Returns the log.
+    """The fake score and the discriminator learn on every step, the student on every ttur-th.
 
     Each learns from the mean over all parts of the batch, then moves. The discriminator's group
     statistics are those of a part.
@@ -174,10 +174,10 @@ def train_step(
 
 
 def draw_student(batch: Batch, nets: Nets, cfg: Config, learn: bool, rng) -> Draw:
-    """x0 from noised data, or from the student's own previous output (backward simulation).
+    """x0 from noised data or from the student's own previous output (backward simulation).
 
-    And what the discriminator sees; where its weight is zero for all, it has no work. With gradient
-    if the student is to learn.
+    And the discriminator's features, none where omega is zero for the whole batch. With gradient if
+    the student is to learn.
     """
     student, disc, schedule = nets.student, nets.disc, nets.student.schedule
     taus, sources = anchors(cfg, schedule), rng("input", batch.ids)
@@ -252,7 +252,10 @@ LOSSES_OF = {"student": ("dmd", "isg", "gan"), "fake": ("fake",), "disc": ("disc
 
 
 def update(name: str, opts: dict[str, Learner], step: int, cfg: Config, log: dict) -> bool:
-    """One AdamW step, or none on any rank if one has a loss or gradient not finite. Did it step?"""
+    """One AdamW step; no rank steps if any has a loss or gradient that is not finite.
+
+    Returns whether it stepped.
+    """
     opt, losses = opts[name], [log[loss] for loss in LOSSES_OF[name] if loss in log]
     norm = parallel.whole(nn.utils.clip_grad_norm_(opt.parameters(), cfg.clip))
     finite = all(bool(torch.isfinite(loss)) for loss in losses)
@@ -359,7 +362,7 @@ def ids_of(cfg: Config, step: int) -> range:
 
 @torch.no_grad()
 def load_batch(ids: range, pairs, nets: Nets, cfg: Config, device: torch.device) -> Batch:
-    """What the networks around the denoiser make of these samples, or made of them (the cache)."""
+    """Latents, text and what the discriminator reads of it, from the cache or computed here."""
     if nets.cache:
         rows = nets.cache.rows(pairs, device)
     else:
@@ -566,7 +569,7 @@ def main() -> None:
         path = export(nets, cfg, out)
         if cfg.teacher != "digits":
             draw_sheet(cfg, nets, data, out / "samples.png", device)
-        if is_examined(cfg):  # by rank 0 alone
+        if is_examined(cfg):  # rank 0 examines, on whole networks that all ranks gather
             nets = dataclasses.replace(nets, ema=whole_net(nets.ema, cfg), teacher=teacher)
         if cfg.export == "full" and parallel.rank() == 0:
             merge(cfg, path)
