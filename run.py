@@ -98,6 +98,15 @@ def open_log(path: Path, step: int) -> csv.DictWriter:
     return csv.DictWriter(file, COLUMNS, restval="")
 
 
+def open_board(out: Path, step: int):
+    """A writer for TensorBoard where that is installed, else None; rows from `step` on are new."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step)
+
+
 class Run:
     """What a run carries from step to step beside weights."""
 

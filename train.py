@@ -40,7 +40,7 @@ from isg import isg_loss
 from nets.weights import merge_weights, stream_weights
 from pictures import curves, exam_pictures, sheet
 from plan import add_plan_flags, show_plan
-from run import LOSSES, Run, keep_samples, open_log, prepare_folder, say
+from run import LOSSES, Run, keep_samples, open_board, open_log, prepare_folder, say
 from schedule import Cond, Rng, generator, grid, normal, sample_x0
 from teachers import (
     Files,
@@ -395,6 +395,7 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
     if state:
         say(f"continuing {out} at step {first} of {cfg.steps}")
     log = open_log(out / "log.csv", first) if parallel.rank() == 0 else None
+    board = open_board(out, first) if parallel.rank() == 0 else None
     hidden = parallel.rank() > 0
     steps = range(first, cfg.steps)
     bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden)
@@ -406,6 +407,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam: Exam | None, device: t
             values = parallel.mean_over_ranks(values, device)
             if log:
                 log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
+            for name, value in values.items() if board else ():
+                board.add_scalar(name, value, step)
             bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
             bar.update()
             if remark := data.remark():
