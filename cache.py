@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -95,7 +95,10 @@ def write_cache(
         os.replace(part, path)
 
 
-def complete(folder: Path, count: int) -> bool:
+def complete(folder: Path, count: int, null: bool = False) -> bool:
+    """Every shard is there, and the null caption if there is to be one."""
+    if null and not (folder / "null.safetensors").is_file():
+        return False
     return all(shard_path(folder, k).is_file() for k in range(-(-count // SHARD)))
 
 
@@ -164,11 +167,15 @@ def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
     if cfg.teacher == "digits" or cfg.crop == "random":
         why = "the embedded task has" if cfg.teacher == "digits" else "--crop random leaves"
         raise ValueError(f"--cache {cfg.cache}: {why} nothing to keep")
+    if cfg.buckets:  # at the border of two, an image is cropped otherwise in every epoch
+        raise ValueError(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
     folder, count = Path(cfg.cache), data.epochs.length
-    about = {"teacher": cfg.teacher, "size": list(cfg.size), "buckets": cfg.buckets, "t5": cfg.t5}
-    about |= {"bf16": cfg.bf16, "reader": cfg.w_gan > 0}
+    about = {"teacher": cfg.teacher, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
+    about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
     claim(folder, about)
-    if not complete(folder, count):
+    if not parallel.agree(
+        complete(folder, count, uses_null(cfg.teacher)), device
+    ):  # asked before any rank writes
         files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
         how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
         text, vae = load_text(cfg.teacher, files, *how), load_vae(cfg.teacher, files, *how)
@@ -189,4 +196,5 @@ def read_null(cfg: Config, text: nn.Module | None, device: torch.device) -> Cond
         return None
     if text:
         return encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
-    return load_file(Path(cfg.cache) / "null.safetensors", device=str(device))
+    with open_weights(Path(cfg.cache) / "null.safetensors") as file:
+        return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118

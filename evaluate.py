@@ -30,8 +30,9 @@ import json
 import os
 import statistics
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ import parallel
 from config import TEACHERS, Config, Parser, refuse
 from data import open_data
 from exam import COLUMNS, Exam, aligned, format_table
-from images import Images, read_text
+from images import BAD, Images, read_text
 from judges import (
     Features,
     embed_captions,
@@ -259,9 +260,18 @@ def read_prompts(
         return prompts
     data = open_data(teacher, given.data or TEACHERS[teacher].data, size, 0)
     if isinstance(data, Images):  # whose images are not wanted
-        captions = [data.source.caption(item) for item in range(len(data.source))]
-        return [caption for caption in captions if caption]
+        return list(islice(good_captions(data), count))
     return data(range(count)).captions
+
+
+def good_captions(data: Images) -> Iterator[str]:
+    for item in range(len(data.source)):
+        try:
+            caption = data.source.caption(item)
+        except BAD:  # as in training, others take its place
+            continue
+        if caption:
+            yield caption
 
 
 def ways(given: argparse.Namespace, about: dict[str, str], guidance: float | None) -> tuple:
@@ -389,7 +399,8 @@ def draw(
         }
 
     settings = settings_of(plan, s)
-    taus = s.taus or sampling_times(plan.teacher, net.schedule, s.steps, plan.size)
+    how = (net.schedule, s.steps, plan.size, s.who == "student")
+    taus = s.taus or sampling_times(plan.teacher, *how)
     for start in range(0, len(ks), plan.batch):
         part = ks[start : start + plan.batch]
         # As in the exam, whose images of the embedded teacher come with the code.
@@ -542,7 +553,10 @@ def main() -> None:
         refuse("interrupted; the same command draws what is missing")
     parallel.barrier()
     if parallel.rank() == 0:
-        rows = measure_all(plan, inception, given.resamples, device)
+        try:
+            rows = measure_all(plan, inception, given.resamples, device)
+        except (ValueError, OSError) as error:
+            refuse(error)
         print(measures_table(rows))
         metrics = {"teacher": given.teacher or plan.teacher, "student": str(given.student)}
         metrics |= {"prompts": len(plan.prompts), "images": plan.count, "seed": plan.seed}

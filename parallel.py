@@ -151,6 +151,8 @@ def choose_mesh(kind: str, weights: int, device: torch.device) -> DeviceMesh | N
         if kind in ("ddp", "fsdp"):
             raise ValueError(f"--shard {kind} is for several ranks; start them with torchrun")
         return None
+    if kind == "none" and world() == 1:
+        return None
     if kind == "none":
         raise ValueError(f"--shard none is for one process, these are {world()}; choose auto")
     if kind == "auto":

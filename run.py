@@ -43,7 +43,7 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
     if saved.is_file():
         try:
             changed = differences(json.loads(saved.read_text()), cfg)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, AttributeError):
             raise ValueError(f"{saved} is damaged; start anew with --overwrite") from None
         if changed:
             raise ValueError(
@@ -63,9 +63,15 @@ def keep_samples(cfg: Config, out: Path) -> Config:
         return cfg
     try:
         saved, world = json.loads(path.read_text()), parallel.world()
-    except json.JSONDecodeError:
+        each = saved["batch"] * saved.get("accumulate", 1)  # of a rank
+        total = each * saved.get("world", world)
+    except (json.JSONDecodeError, TypeError, KeyError):
         return cfg  # prepare_folder says so
-    total = saved["batch"] * saved.get("accumulate", 1) * saved.get("world", world)
+    if cfg.buckets and each != cfg.batch * cfg.accumulate:
+        raise ValueError(
+            f"{out} has batches of {each} a rank, which --buckets are made of; "
+            f"keep --batch x --accumulate and {saved.get('world', world)} ranks, or --overwrite"
+        )
     if cfg.batch * cfg.accumulate * world == total:
         return cfg
     if total % (cfg.batch * world):

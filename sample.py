@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config import ONLY_SAMPLED, TEACHERS, Config, Parser, refuse
+from images import read_text
 from pictures import save_png
 from schedule import Cond, draw_samples, generator, normal
 from teachers import (
@@ -98,6 +99,8 @@ def decide(given: argparse.Namespace) -> tuple[dict, Config]:
     given.batch = given.batch or (64 if small else 1)
     given.scale = given.scale or (8 if small else 1)
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
+    if given.teacher in ONLY_SAMPLED and given.guidance:
+        raise ValueError(f"--guidance {given.guidance:g}: {given.teacher} takes none")
     check_size(about["teacher"], size)
     return settings, preset
 
@@ -131,14 +134,14 @@ def load(
         net = load_teacher(given.teacher, preset.shift, files, *how)
     if settings["taus"] is None:
         shape = (net.schedule, settings["steps"], settings["size"])
-        settings["taus"] = sampling_times(settings["teacher"], *shape)
+        settings["taus"] = sampling_times(settings["teacher"], *shape, bool(given.checkpoint))
     return net.requires_grad_(False).eval()
 
 
 def read_prompts(given: argparse.Namespace) -> list[str]:
     if given.prompt is not None:
         return [given.prompt]
-    lines = given.prompts.read_text(encoding="utf-8").splitlines()
+    lines = read_text(given.prompts).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{given.prompts} holds no prompt")

@@ -314,9 +314,14 @@ def check_size(teacher: str, size: tuple[int, int]) -> None:
 
 
 def sampling_times(
-    teacher: str, schedule: Flow | DDPM, steps: int, size: tuple[int, int]
+    teacher: str, schedule: Flow | DDPM, steps: int, size: tuple[int, int], student: bool = False
 ) -> list[float]:
-    """The times a teacher's official sampler visits. FLUX.1-dev's shift grows with the image."""
+    """The times a teacher's official sampler visits. FLUX.1-dev's shift grows with the image.
+
+    student: those of a student at another number of steps than its own, evenly spaced.
+    """
+    if student:
+        return grid(schedule, steps)
     if teacher == "flux-dev":
         _, height, width = latent_shape(teacher, size)
         patch = NETWORKS[teacher].denoiser.patch

@@ -35,7 +35,7 @@ from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from exam import Exam, exam_table, format_table
 from ida import ida_update
-from images import Pairs
+from images import Images, Pairs
 from isg import isg_loss
 from nets.weights import merge_weights, stream_weights
 from pictures import curves, exam_pictures, sheet
@@ -264,6 +264,7 @@ def update(name: str, opts: dict[str, Learner], step: int, cfg: Config, log: dic
         for group in opt.optimizer.param_groups:
             group["lr"] = opt.lr * lr_factor(step, cfg)
         opt.optimizer.step()
+        torch.clear_autocast_cache()  # its bf16 copies of weights that move here, and in IDA
     opt.optimizer.zero_grad()
     log[f"norm_{name}"], log["skipped"] = norm, log.get("skipped", 0) + (not sound)
     return sound
@@ -548,6 +549,10 @@ def main() -> None:
         check_size(cfg.teacher, cfg.size)
         how = (cfg.size, cfg.seed, cfg.crop, cfg.buckets, cfg.batch * cfg.accumulate)
         data = open_data(cfg.teacher, cfg.data, *how)
+        if cfg.buckets and not isinstance(data, Images):
+            raise ValueError(
+                f"--buckets: {cfg.data or cfg.teacher} has no images of several shapes"
+            )
         for size in data.sizes if cfg.buckets else ():
             check_size(cfg.teacher, size)
         if isinstance(data, Prompts) and cfg.w_gan:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -291,9 +292,45 @@ CACHED = ["--cache", "{}/cache"]
 
 
 def test_buckets_train_with_batches_of_several_shapes(command, folder, pictures, tmp_path):
+    """Not from a cache, whose crops would be others in the next epoch; and not from prompts."""
     flags = flags_for("flux-dev", folder, pictures, tmp_path / "run")
-    code, _, err = command(train, *flags, "--size", 128, 128, "--buckets", "--no-gan")
+    flags += ["--size", 128, 128, "--buckets", "--no-gan"]
+    code, _, err = command(train, *flags)
     assert code == 0, err
+    refused(command(train, *flags, "--batch", 1), "--buckets", "--overwrite")
+    refused(command(train, *flags, "--cache", tmp_path / "cache"), "--buckets")
+    (tmp_path / "prompts.txt").write_text("a red fox")
+    refused(command(train, *flags, "--data", tmp_path / "prompts.txt"), "--buckets")
+
+
+def test_a_student_at_other_steps_has_evenly_spaced_times(command, folder, pictures, tmp_path):
+    """SD 3.5's official sampler ends next to clean data, where a few-step student has no use."""
+    out = tmp_path / "run"
+    flags = flags_for("sd35-medium", folder, pictures, out)
+    assert command(train, *flags, "--no-gan", "--steps", 1)[0] == 0
+    drawn = ["--checkpoint", out / "student.safetensors", "--weights", folder("sd35-medium")]
+    for steps, taus in ((2, [1.0, 0.75]), (4, [1.0, 0.9, 0.75, 0.5])):
+        picture = tmp_path / f"{steps}.png"
+        given = [*drawn, "--prompt", "fox", "--steps", steps, "--out", picture]
+        assert command(sample, *given)[0] == 0
+        assert pixels(picture)[1]["taus"] == pytest.approx(taus)
+
+
+def test_the_fake_score_learns_with_the_weights_that_ida_made(folder, pictures):
+    """On a student's turn in bf16: autocast's copies of weights from before are not used again."""
+    cfg = resolve(teacher="sd15", weights=str(folder("sd15")), data=str(pictures), size=(32, 48))
+    cfg = dataclasses.replace(cfg, batch=2, ida_decay=0.0, lr=0.1, lr_fake=0.0, lr_warmup=0)
+    nets = train.build_nets(cfg, torch.device("cpu"))
+    opts, ids = train.build_learners(nets, cfg), train.ids_of(cfg, 0)
+    data = open_data("sd15", cfg.data, cfg.size, 0)
+    batch = train.load_batch(ids, data(ids), nets, cfg, torch.device("cpu"))
+    with train.precision(cfg, nets, torch.device("cpu")):
+        draw = train.draw_student(batch, nets, cfg, False, partial(train.Rng, cfg.seed, 0))
+        log = train.train_step(0, batch, nets, opts, cfg)
+        torch.clear_autocast_cache()
+        rng = train.Rng(cfg.seed, 0, "fake", ids)
+        wanted = train.fake_loss(nets.fake, draw.x0, batch.cond, cfg.t_fake, rng)
+    assert log["fake"] == pytest.approx(float(wanted.detach()), rel=1e-3)
 
 
 def test_bad_samples_are_named_and_too_many_stop_the_run(command, folder, pictures, tmp_path):
