@@ -29,7 +29,7 @@ from config import Config
 from images import Pairs
 from nets.weights import open_weights
 from schedule import Cond
-from teachers import encode, load_reader, load_text, load_vae, locate, uses_null
+from teachers import encode, load_reader, load_text, load_vae, locate, uncropped, uses_null
 
 SHARD = 256  # samples in a file: with FLUX's text 1 GiB
 
@@ -145,7 +145,7 @@ def frozen_rows(
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Text and latents of a batch; what a cache keeps of it."""
-    sizes = (*cfg.size, 0, 0, *cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
+    sizes = uncropped(cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
     cond = encode(text, pairs.captions, device, sizes)
     rows = {f"cond.{name}": tensor for name, tensor in cond.items()}
     if reader:
@@ -181,7 +181,7 @@ def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
         text, vae = load_text(cfg.teacher, files, *how), load_vae(cfg.teacher, files, *how)
         reader = load_reader(cfg.teacher, files, *how) if cfg.w_gan else None
         if uses_null(cfg.teacher) and parallel.rank() == 0:
-            null = encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
+            null = encode(text, [""], device, uncropped(cfg.size))
             save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
         around = (text, reader, vae, cfg, device)
         share = (parallel.rank(), parallel.world())
@@ -195,6 +195,6 @@ def read_null(cfg: Config, text: nn.Module | None, device: torch.device) -> Cond
     if not uses_null(cfg.teacher):
         return None
     if text:
-        return encode(text, [""], device, (*cfg.size, 0, 0, *cfg.size))
+        return encode(text, [""], device, uncropped(cfg.size))
     with open_weights(Path(cfg.cache) / "null.safetensors") as file:
         return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118

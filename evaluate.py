@@ -59,9 +59,10 @@ from measures import from_uint8
 from pictures import save_png, side_by_side
 from schedule import Cond, draw_samples, generator, normal
 from teachers import (
+    DTYPES,
     Files,
     check_size,
-    encode,
+    encode_all,
     latent_shape,
     load_denoiser,
     load_student,
@@ -74,7 +75,6 @@ from teachers import (
     uses_null,
 )
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
 
@@ -357,14 +357,8 @@ def encode_prompts(
 ) -> dict[str, Cond]:
     """The cond of each of these prompts, and of none, on the CPU; the encoders go again."""
     text = load_text(plan.teacher, plan.files, dtype, device)
-    captions = list(dict.fromkeys(["", *(plan.prompts[i] for i in sorted(numbers))]))
-    conds = {}
-    for start in tqdm(range(0, len(captions), plan.batch), desc="prompts", leave=False):
-        part = captions[start : start + plan.batch]
-        cond = encode(text, part, device, (*plan.size, 0, 0, *plan.size))
-        for i, caption in enumerate(part):
-            conds[caption] = {name: tensor[i].cpu() for name, tensor in cond.items()}
-    return conds
+    captions = ["", *(plan.prompts[i] for i in sorted(numbers))]
+    return encode_all(text, captions, plan.batch, device, plan.size)
 
 
 def load_net(plan: Plan, who: str, *how) -> nn.Module:

@@ -26,9 +26,10 @@ from images import read_text
 from pictures import save_png
 from schedule import Cond, draw_samples, generator, normal
 from teachers import (
+    DTYPES,
     Files,
     check_size,
-    encode,
+    encode_all,
     latent_shape,
     load_student,
     load_teacher,
@@ -41,7 +42,6 @@ from teachers import (
 )
 
 PRESETS = TEACHERS | ONLY_SAMPLED
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def arguments() -> argparse.Namespace:
@@ -103,20 +103,6 @@ def decide(given: argparse.Namespace) -> tuple[dict, Config]:
         raise ValueError(f"--guidance {given.guidance:g}: {given.teacher} takes none")
     check_size(about["teacher"], size)
     return settings, preset
-
-
-def encode_all(
-    text: nn.Module, captions: list[str], batch: int, device: torch.device, size: tuple[int, int]
-) -> dict[str, Cond]:
-    """The cond of every caption, kept on the CPU, so that the encoders can go."""
-    captions = list(dict.fromkeys(captions))
-    conds = {}
-    for start in range(0, len(captions), batch):
-        part = captions[start : start + batch]
-        cond = encode(text, part, device, (*size, 0, 0, *size))
-        for k, caption in enumerate(part):
-            conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
-    return conds
 
 
 def stack(conds: list[Cond], device: torch.device) -> Cond:

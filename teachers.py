@@ -6,7 +6,7 @@
     load_vae, load_text      what stands around it
     load_backbone, load_reader   the discriminator's frozen networks
     load_student             a file that train.py saved
-    encode, null_for         captions to cond, and to what guidance leads away from
+    encode, encode_all, null_for   captions to cond, and to what guidance leads away from
     uses_null                whether guidance needs the null caption
     latent_shape, check_size, sampling_times   sizes, and a teacher's own times
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model import (
     SD35_LARGE,
@@ -96,6 +97,7 @@ EMBEDDED = {
     "denoiser": [ASSETS / "teacher.safetensors"],
     "dinov2": [ASSETS / "backbone.safetensors"],
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Files = dict[str, list[Path]]  # per part of a teacher
 
 
@@ -269,6 +271,24 @@ def encode(
     if isinstance(text, SDXLText):
         return text(captions, device, sizes)
     return text(captions, device)
+
+
+def uncropped(size: tuple[int, int]) -> tuple[int, ...]:
+    """`sizes` of a whole image of this height and width."""
+    return (*size, 0, 0, *size)
+
+
+def encode_all(
+    text: nn.Module, captions: list[str], batch: int, device: torch.device, size: tuple[int, int]
+) -> dict[str, Cond]:
+    """The cond of every caption (no batch dimension), on the CPU, so that the encoders can go."""
+    captions, conds = list(dict.fromkeys(captions)), {}
+    for start in tqdm(range(0, len(captions), batch), desc="prompts", leave=False):
+        part = captions[start : start + batch]
+        cond = encode(text, part, device, uncropped(size))
+        for k, caption in enumerate(part):
+            conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
+    return conds
 
 
 def null_for(teacher: str, null: Cond, cond: Cond) -> Cond:

@@ -490,18 +490,14 @@ def draw_sheet(cfg: Config, nets: Nets, data, path: Path, device: torch.device) 
     size = cfg.size if first.images is None else tuple(first.images.shape[-2:])
     taus, images = anchors(cfg, nets.student.schedule), []
     for k, caption in enumerate(first.captions[:SHOWN]):
-        parts = (None if x is None else x[k : k + 1] for x in (first.images, first.sizes))
-        one = Pairs([caption], *parts)
+        # the cache knows a sample by its image; without one there is no need to encode it
+        parts = (first.images if nets.cache else None, first.sizes)
+        one = Pairs([caption], *(None if x is None else x[k : k + 1] for x in parts))
         draw = [generator("sheet", k)]
         eps = normal(torch.empty(1, *latent_shape(cfg.teacher, size), device=device), draw)
         with precision(cfg, nets, device):
-            x0 = sample_x0(
-                nets.ema,
-                eps,
-                load_batch(range(1), one, nets, cfg, device).cond,
-                taus,
-                generators=draw,
-            )
+            cond = load_batch(range(1), one, nets, cfg, device).cond
+            x0 = sample_x0(nets.ema, eps, cond, taus, generators=draw)
             images.append(nets.vae.decode(x0).cpu())
     if parallel.rank() == 0:
         path.parent.mkdir(exist_ok=True)
