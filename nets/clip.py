@@ -1,7 +1,7 @@
-"""CLIP's text encoders.
+"""CLIP's text encoders, and the names of both towers.
 
     CLIP                     CLIP-L and CLIP-G, with the Hugging Face tensor names
-    to_open_clip, and back   the same weights under open_clip's names, as SDXL's file has CLIP-G's
+    to_open_clip, and back   a tower's weights under open_clip's names, as SDXL's file has CLIP-G's
     load_open_clip           from a file with those names
 
 B batch, T tokens, D width, N heads. No encoder is told which tokens are padding: the denoisers were
@@ -133,12 +133,40 @@ class CLIP(nn.Module):
 
 # --- open_clip's names ---------------------------------------------------------------------------
 
-OUTER = {  # open_clip's name: Hugging Face's
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-}
+
+@dataclass(frozen=True)
+class OpenClip:
+    """How one of the two towers is called by open_clip, and by Hugging Face."""
+
+    blocks: tuple[str, str]  # what precedes a block's number
+    projection: tuple[str, str]  # x @ W of open_clip's, a linear map's weight
+    outer: dict[str, str]  # all else that is in no block
+
+
+def norm(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias")}
+
+
+TEXT_TOWER = OpenClip(
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    ("text_projection", "text_projection.weight"),
+    {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        **norm("ln_final", "text_model.final_layer_norm"),
+    },
+)
+VISION_TOWER = OpenClip(
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("visual.proj", "visual_projection.weight"),
+    {
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        **norm("visual.ln_pre", "vision_model.pre_layrnorm"),
+        **norm("visual.ln_post", "vision_model.post_layernorm"),
+    },
+)
 INNER = {  # the same within a block
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -148,38 +176,41 @@ INNER = {  # the same within a block
 }
 
 
-def blocks_of(depth: int) -> list[tuple[str, str]]:
+def blocks_of(depth: int, tower: OpenClip) -> list[tuple[str, str]]:
     """What precedes a block's names: open_clip's, Hugging Face's."""
-    return [
-        (f"transformer.resblocks.{i}.", f"text_model.encoder.layers.{i}.") for i in range(depth)
-    ]
+    theirs, ours = tower.blocks
+    return [(f"{theirs}{i}.", f"{ours}{i}.") for i in range(depth)]
 
 
-def same_tensors(depth: int) -> dict[str, str]:
+def same_tensors(depth: int, tower: OpenClip) -> dict[str, str]:
     """The tensors that only the name tells apart; open_clip's: Hugging Face's."""
-    names = dict(OUTER)
-    for theirs, ours in blocks_of(depth):
-        for part in ("weight", "bias"):
-            names |= {f"{theirs}{a}.{part}": f"{ours}{b}.{part}" for a, b in INNER.items()}
+    names = dict(tower.outer)
+    for theirs, ours in blocks_of(depth, tower):
+        for a, b in INNER.items():
+            names |= norm(theirs + a, ours + b)
     return names
 
 
-def to_open_clip(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """A CLIP's tensors under open_clip's names: q, k, v are one, the projection is x @ W."""
-    renamed = {theirs: tensors[ours] for theirs, ours in same_tensors(depth).items()}
-    renamed["text_projection"] = tensors["text_projection.weight"].T
-    for theirs, ours in blocks_of(depth):
+def to_open_clip(
+    tensors: dict[str, Tensor], depth: int, tower: OpenClip = TEXT_TOWER
+) -> dict[str, Tensor]:
+    """A tower's tensors under open_clip's names: q, k, v are one, the projection is x @ W."""
+    renamed = {theirs: tensors[ours] for theirs, ours in same_tensors(depth, tower).items()}
+    renamed[tower.projection[0]] = tensors[tower.projection[1]].T
+    for theirs, ours in blocks_of(depth, tower):
         for part in ("weight", "bias"):
             qkv = [tensors[f"{ours}self_attn.{letter}_proj.{part}"] for letter in "qkv"]
             renamed[f"{theirs}attn.in_proj_{part}"] = torch.cat(qkv)
     return renamed
 
 
-def from_open_clip(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+def from_open_clip(
+    tensors: dict[str, Tensor], depth: int, tower: OpenClip = TEXT_TOWER
+) -> dict[str, Tensor]:
     """The inverse of `to_open_clip`."""
-    renamed = {ours: tensors[theirs] for theirs, ours in same_tensors(depth).items()}
-    renamed["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    for theirs, ours in blocks_of(depth):
+    renamed = {ours: tensors[theirs] for theirs, ours in same_tensors(depth, tower).items()}
+    renamed[tower.projection[1]] = tensors[tower.projection[0]].T.contiguous()
+    for theirs, ours in blocks_of(depth, tower):
         for part in ("weight", "bias"):
             qkv = tensors[f"{theirs}attn.in_proj_{part}"].chunk(3)
             for letter, tensor in zip("qkv", qkv, strict=True):
@@ -188,17 +219,18 @@ def from_open_clip(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_open_clip(
-    net: CLIP,
+    net: nn.Module,
     path: Path | Sequence[Path],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
-) -> CLIP:
+    tower: OpenClip = TEXT_TOWER,
+) -> nn.Module:
     """`load_weights` for a file with open_clip's names, as strict."""
     depth = net.cfg.depth
-    wanted = to_open_clip({k: v.to("meta") for k, v in net.state_dict().items()}, depth)
+    wanted = to_open_clip({k: v.to("meta") for k, v in net.state_dict().items()}, depth, tower)
     tensors = read_weights(wanted, path, dtype, device, prefix, ignore)
-    for name, tensor in from_open_clip(tensors, depth).items():
+    for name, tensor in from_open_clip(tensors, depth, tower).items():
         assign(net, name, tensor)
     return net

@@ -1,14 +1,14 @@
 """Networks that look at images.
 
 ViT         DINOv2's vision transformer (timm names), the frozen backbone of the discriminator
-CLIPVision  OpenAI's CLIP ViT-L/14 (Hugging Face names): the tower that reads images
-CLIPText    the one that reads captions: what the discriminator is told of them
+CLIPVision  CLIP's tower that reads images: OpenAI's ViT-L/14, open_clip's ViT-H/14 and ViT-g/14
+CLIPText    the one that reads captions; L/14's is what the discriminator is told of them
 Judge       the embedded task's evaluator: which digits and colours, how placed, how much ghost
 
 B batch, L tokens, D width, N heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nets.clip import CLIP, CLIPBlock, CLIPConfig, quick_gelu
+from nets.clip import (
+    CLIP,
+    TEXT_TOWER,
+    VISION_TOWER,
+    CLIPBlock,
+    CLIPConfig,
+    OpenClip,
+    load_open_clip,
+    quick_gelu,
+)
 from nets.text import clip_tokenizer, token_ids
 from nets.weights import load_weights, places, read_metadata
 
@@ -226,7 +235,7 @@ def load_vit(
     return load_weights(vit, path, dtype, device, **layout).requires_grad_(False).eval()
 
 
-# --- CLIP ViT-L/14 -------------------------------------------------------------------------------
+# --- CLIP ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -238,11 +247,18 @@ class CLIPVisionConfig:
     heads: int
     hidden: int  # of the MLP
     embedding: int  # width that images and captions share
+    activation: Callable[[Tensor], Tensor] = quick_gelu
 
 
 CLIP_VIT_LARGE = CLIPVisionConfig(14, 16, 1024, 24, 16, 4096, embedding=768)
 CLIP_VIT_LARGE_TEXT = CLIPConfig(768, 12, 12, 3072, quick_gelu, projected=True)
-VISION_NAMES, TEXT_NAMES = ("vision_model.", "visual_projection."), ("text_model.", "text_proj")
+# open_clip's, trained on LAION; both read text with the same network.
+CLIP_VIT_HUGE = CLIPVisionConfig(14, 16, 1280, 32, 16, 5120, 1024, F.gelu)
+CLIP_VIT_GIANT = CLIPVisionConfig(14, 16, 1408, 40, 16, 6144, 1024, F.gelu)
+CLIP_OPEN_TEXT = CLIPConfig(1024, 24, 16, 4096, F.gelu, projected=True, embedding=1024)
+VISION_NAMES = ("vision_model.", "visual_projection.", "visual.")
+TEXT_NAMES = ("text_model.", "text_proj", "transformer.", "token_embedding.", "ln_final.")
+TEXT_NAMES += ("positional_embedding",)
 CLIP_OTHERS = ("logit_scale", "text_model.embeddings.position_ids")
 CLIP_OTHERS += ("vision_model.embeddings.position_ids",)
 
@@ -267,7 +283,7 @@ class CLIPVision(nn.Module):
     def __init__(self, cfg: CLIPVisionConfig):
         super().__init__()
         self.cfg = cfg
-        block = (cfg.width, cfg.heads, cfg.hidden, quick_gelu)
+        block = (cfg.width, cfg.heads, cfg.hidden, cfg.activation)
         layers = nn.ModuleList(CLIPBlock(*block, causal=False) for _ in range(cfg.depth))
         self.vision_model = nn.ModuleDict(
             {
@@ -319,14 +335,22 @@ class CLIPText(nn.Module):
 def load_tower(
     net: nn.Module,
     path: Path,
+    tower: OpenClip,
     other: tuple[str, ...],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> nn.Module:
-    """One of the two towers in CLIP's file, frozen. other: how the other's names begin."""
-    others = [name for name in places([path], "") if name.startswith(other)]
-    ignore = (*others, *CLIP_OTHERS)
-    return load_weights(net, path, dtype, device, ignore=ignore).requires_grad_(False).eval()
+    """One of the two towers in CLIP's file, frozen; under Hugging Face's names or open_clip's.
+
+    other: how the other tower's names begin.
+    """
+    names = places([path], "")
+    ignore = (*(name for name in names if name.startswith(other)), *CLIP_OTHERS)
+    if tower.projection[0] in names:
+        load_open_clip(net, path, dtype, device, ignore=ignore, tower=tower)
+    else:
+        load_weights(net, path, dtype, device, ignore=ignore)
+    return net.requires_grad_(False).eval()
 
 
 def load_clip_vision(
@@ -337,7 +361,7 @@ def load_clip_vision(
 ) -> CLIPVision:
     with torch.device("meta"):
         net = CLIPVision(cfg)
-    return load_tower(net, path, TEXT_NAMES, dtype, device)
+    return load_tower(net, path, VISION_TOWER, TEXT_NAMES, dtype, device)
 
 
 def load_clip_text(
@@ -352,7 +376,8 @@ def load_clip_text(
     tokenizer = clip_tokenizer(vocab, merges)
     with torch.device("meta"):
         clip = CLIP(cfg)
-    return CLIPText(load_tower(clip, path, VISION_NAMES, dtype, device), tokenizer)
+    text = load_tower(clip, path, TEXT_TOWER, VISION_NAMES, dtype, device)
+    return CLIPText(text, tokenizer)
 
 
 # --- the embedded task's evaluator ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Vision networks against reference numbers: DINOv2 in both layouts, CLIP ViT-L/14's two towers.
+"""Vision networks against reference numbers: DINOv2 in both layouts, CLIP's two towers in both.
 
 The reference networks are small, with random weights in official names, made with an independent
 implementation; their fp32 agreement among themselves is 3e-6, a wrong formula is off by 3e-4.
@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import nn
 
-from nets.clip import CLIP, CLIPConfig, quick_gelu
+from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, CLIPConfig, quick_gelu, to_open_clip
 from nets.text import token_ids
 from nets.vision import (
     ASSETS,
+    CLIP_OPEN_TEXT,
     CLIP_OTHERS,
+    CLIP_VIT_GIANT,
+    CLIP_VIT_HUGE,
     CLIP_VIT_LARGE,
     CLIP_VIT_LARGE_TEXT,
     DIGITS_VIT,
@@ -329,6 +333,32 @@ def test_clips_names_and_shapes_are_those_of_the_official_file():
     theirs = official("clip_vit_large_patch14")
     assert {name for name in theirs if name not in ours} == set(CLIP_OTHERS)
     assert ours == {name: shape for name, shape in theirs.items() if name in ours}
+
+
+def test_open_clips_towers_equal_the_reference(tokenizer_files, tmp_path):
+    """Both towers out of a file with open_clip's names: GELU, a hidden width of no whole ratio."""
+    reference = golden("open_clip_vit")
+    path = weights_of(reference, tmp_path)
+    vision = CLIPVisionConfig(14, 2, 32, 2, 2, 139, embedding=20, activation=F.gelu)
+    close(
+        load_clip_vision(path, cfg=vision)(reference["inputs/image"]),
+        reference["outputs/image_embeds_normalised"],
+    )
+    text = CLIPConfig(24, 2, 2, 96, F.gelu, True, length=12, vocabulary=50, embedding=20)
+    net = load_clip_text(path, *tokenizer_files, cfg=text)
+    close(net.encode(reference["inputs/input_ids"]), reference["outputs/text_embeds_normalised"])
+
+
+@pytest.mark.parametrize("cfg, name", [(CLIP_VIT_HUGE, "h"), (CLIP_VIT_GIANT, "g")])
+def test_open_clips_names_and_shapes_are_those_of_the_official_files(cfg, name):
+    """Both towers at full size; `logit_scale` is all that is left over."""
+    with torch.device("meta"):
+        text, vision = CLIP(CLIP_OPEN_TEXT), CLIPVision(cfg)
+    ours = to_open_clip(text.state_dict(), CLIP_OPEN_TEXT.depth, TEXT_TOWER)
+    ours |= to_open_clip(vision.state_dict(), cfg.depth, VISION_TOWER)
+    theirs = official(f"open_clip_vit_{name}")
+    assert theirs.pop("logit_scale") == []
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == theirs
 
 
 def test_a_tower_is_read_out_of_a_file_that_is_clips_alone(clip, tmp_path):
