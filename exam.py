@@ -2,6 +2,7 @@
 
     read_scene, effective_number  are all *named* attributes right, how varied are the *open* ones
     Exam                          one sampler's images -> one row of the table
+    exam_row                      one network's images at given times
     exam_table, format_table      teacher beside student
 
 Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
@@ -210,30 +211,39 @@ def cached_samples(fingerprint: str) -> list[Tensor] | None:
         ) from None
 
 
+def exam_row(
+    exam: Exam, who: str, net: nn.Module, taus: list[float], sampler: str, guided: bool = False
+) -> dict:
+    """One row for format_table: what this network draws at these times, examined."""
+    kind = sampler if who == "student" else "guided" if guided else "unguided"
+    steps, images = len(taus), exam.sample(net, taus, sampler, guided)
+    return {"name": f"{who} {steps}, {kind}", "nfe": steps * (1 + guided)} | exam.row(images)
+
+
+def student_times(net: nn.Module, taus: tuple[float, ...], steps: int) -> list[float]:
+    """The student's own anchors taus; an even grid for another number of steps."""
+    return list(taus) if steps == len(taus) else grid(net.schedule, steps)
+
+
 def exam_table(
     exam: Exam, student: nn.Module, taus: tuple[float, ...], teacher: nn.Module | None
 ) -> list[dict]:
     """Rows for format_table: teacher and student at several numbers of steps, by every sampler.
 
-    taus: the student's own anchors; other numbers of steps use an even grid. Without a teacher:
-    only the student at its own anchors.
+    taus: the student's own anchors. Without a teacher: only the student at its own anchors.
     """
-    rows, plan = [], []
+    rows, plan, counts = [], [], [len(taus)]
     if teacher is not None:
         rows.append({"name": "real, held out", "nfe": 0} | exam.row(exam.real))
         rows.append({"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor))
         few = [(steps, True) for steps in (8, 4, 2, 1)] + [(n, False) for n in (50, 8, 4, 2, 1)]
-        plan += [("teacher", teacher, steps, "euler", guided) for steps, guided in few]
+        for steps, guided in few:
+            plan.append(("teacher", teacher, grid(teacher.schedule, steps), "euler", guided))
+        counts = [1, 2, 4, 8]
     for sampler in ("x0", "euler"):
-        counts = (1, 2, 4, 8) if teacher is not None else (len(taus),)
-        plan += [("student", student, steps, sampler, False) for steps in counts]
-    for who, net, steps, sampler, guided in tqdm(plan, desc="table"):
-        kind = sampler if who == "student" else "guided" if guided else "unguided"
-        own = who == "student" and steps == len(taus)
-        images = exam.sample(net, list(taus) if own else grid(net.schedule, steps), sampler, guided)
-        nfe = steps * (1 + guided)
-        rows.append({"name": f"{who} {steps}, {kind}", "nfe": nfe} | exam.row(images))
-    return rows
+        every = [student_times(student, taus, steps) for steps in counts]
+        plan += [("student", student, times, sampler) for times in every]
+    return rows + [exam_row(exam, *asked) for asked in tqdm(plan, desc="table")]
 
 
 # --- the table -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "sample", "evaluate", "pretrain", "toy", "bench"}
+COMMANDS = {"train", "sample", "evaluate", "ablation", "pretrain", "toy", "bench"}
 MODULES = {p.stem for p in ROOT.glob("*.py")} | {
     f"nets.{p.stem}" for p in (ROOT / "nets").glob("*.py")
 }

@@ -1,0 +1,225 @@
+"""What each part of the method does on the embedded task: every combination of IDA, ISG and the
+discriminator, and students trained for fewer steps, over several seeds.
+
+    python ablation.py                            # every kind of run, seeds 0, 1 and 2
+    python ablation.py --kinds dmd all --seeds 0
+
+A run is train.py with the flags of its kind, in a folder KIND-SEED. It has one thread, and --jobs
+run at once: another number of threads adds in another order, and so ends with another student. What
+is finished is kept, what was interrupted continues. Every student is then examined at 1, 2, 4 and 8
+steps, and the guided teacher at 50, 4, 2 and 1.
+
+Writes table.md (mean and spread, the standard deviation, over seeds), metrics.json (every row of
+every run) and ablation.png.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Event
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from config import TEACHERS, Parser, refuse
+from exam import COLUMNS, Exam, aligned, exam_row, student_times
+from pictures import Graph, graphs_alone
+from schedule import grid
+from teachers import EMBEDDED, load_student, load_teacher
+
+PRESET = TEACHERS["digits"]
+KINDS = {  # title, flags of train.py
+    "dmd": ("DMD", "--no-ida --no-isg --no-gan"),
+    "ida": ("DMD + IDA", "--no-isg --no-gan"),
+    "isg": ("DMD + ISG", "--no-ida --no-gan"),
+    "gan": ("DMD + discriminator", "--no-ida --no-isg"),
+    "no-gan": ("DMD + IDA + ISG", "--no-gan"),
+    "no-isg": ("DMD + IDA + discriminator", "--no-isg"),
+    "no-ida": ("DMD + ISG + discriminator", "--no-ida"),
+    "all": ("all three", ""),
+    "two": ("trained for 2 steps", "--student-steps 2"),
+    "one": ("trained for 1 step", "--student-steps 1"),
+}
+COUNTS = (1, 2, 4, 8)  # steps at which a student is examined
+HOW = (torch.float32, torch.device("cpu"))
+
+
+def arguments() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    kinds = "\n".join(
+        f"  {name:8}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
+    )
+    about = {"description": __doc__, "epilog": f"kinds and their flags:\n{kinds}"}
+    parser = Parser(**about, formatter_class=raw, allow_abbrev=False)
+    every = ", ".join(KINDS)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
+        help=f"any of {every}; default: all of them",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--steps", type=int, help="iterations of a run; default: the preset's")
+    jobs = f"runs at once; default: {os.cpu_count()}, the number of cores"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help=jobs)
+    out = Path("runs/ablation")
+    parser.add_argument("--out", type=Path, default=out, help=f"default: {out}")
+    return parser.parse_args()
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def flags_of(kind: str, seed: int, steps: int | None) -> list[str]:
+    """train.py's, all but --out."""
+    flags = ["--seed", str(seed), "--no-table", "--exam-every", "0", *KINDS[kind][1].split()]
+    return flags if steps is None else [*flags, "--steps", str(steps)]
+
+
+def rows_of(kind: str, seed: int, given: argparse.Namespace, exam: Exam, stop: Event) -> list[dict]:
+    """A run's student, examined. Kept in its folder, with the flags that it was made with.
+
+    stop: set when any run has failed, or all are to end.
+    """
+    folder = given.out / f"{kind}-{seed}"
+    kept, flags = folder / "exam.json", flags_of(kind, seed, given.steps)
+    if kept.is_file():
+        saved = json.loads(kept.read_text())
+        if saved["flags"] == flags:
+            return saved["rows"]
+    if stop.is_set():
+        raise CancelledError
+    train(flags, folder, stop)
+    rows = examine(exam, folder / "student.safetensors")
+    part = kept.with_suffix(".part")
+    part.write_text(json.dumps({"flags": flags, "rows": rows}, indent=1))
+    os.replace(part, kept)
+    return rows
+
+
+def train(flags: list[str], folder: Path, stop: Event) -> None:
+    """ChildProcessError with the last of what train.py said, if it did not come to its end."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", str(folder)]
+    alone, log = os.environ | {"OMP_NUM_THREADS": "1"}, folder.with_suffix(".txt")
+    done = folder / "metrics.json"
+    done.unlink(missing_ok=True)
+    with log.open("w") as said:
+        run = subprocess.Popen([*command, *flags], env=alone, stdout=said, stderr=subprocess.STDOUT)
+        while run.poll() is None:
+            if stop.wait(0.2):
+                run.terminate()  # it saves, then stops
+                run.wait()
+    if not done.is_file():
+        stop.set()
+        *_, last = ["nothing", *log.read_text().splitlines()]
+        raise ChildProcessError(f"train.py {' '.join(flags)} said: {last} (the rest is in {log})")
+
+
+def examine(exam: Exam, path: Path) -> list[dict]:
+    """The student's rows, at each of COUNTS."""
+    student, about = load_student(path, *HOW)
+    student.requires_grad_(False).eval()
+    taus = tuple(json.loads(about["taus"]))
+    times = [student_times(student, taus, steps) for steps in COUNTS]
+    return [exam_row(exam, "student", student, given, "x0") for given in times]
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+def teacher_rows(exam: Exam, teacher: nn.Module) -> list[dict]:
+    """The guided teacher's; every student is held against its 50 steps."""
+    rows = [{"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor)]
+    for steps in (4, 2, 1):
+        times = grid(teacher.schedule, steps)
+        rows.append(exam_row(exam, "teacher", teacher, times, "euler", guided=True))
+    return rows
+
+
+def table(teacher: list[dict], students: dict[str, list[list[dict]]]) -> str:
+    """Markdown. students: kind -> per seed its rows, one for each of COUNTS."""
+    cells = [["parts", "steps", "NFE", *(title for _, title, _ in COLUMNS)]]
+    for row in teacher:
+        values = [format(row[key], form) for key, _, form in COLUMNS]
+        steps = row["nfe"] // 2  # guidance takes two evaluations a step
+        cells.append(["teacher, guided", str(steps), str(row["nfe"]), *values])
+    for kind, runs in students.items():
+        for rows in zip(*runs, strict=True):
+            values = [spread([row[key] for row in rows], form) for key, _, form in COLUMNS]
+            nfe = str(rows[0]["nfe"])
+            cells.append([KINDS[kind][0], nfe, nfe, *values])
+    return aligned(cells)
+
+
+def spread(values: list[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
+
+
+def picture(path: Path, teacher: list[dict], students: dict[str, list[list[dict]]]) -> None:
+    """FD-T and cleanness over the network evaluations; bands are least and most of the seeds."""
+    graphs = []
+    for key, title, scale in (("fd", "FD-T", "log"), ("clean", "clean, %", "linear")):
+        few = sorted(teacher[1:], key=lambda row: row["nfe"])
+        lines = {"teacher, guided": ([row["nfe"] for row in few], [[row[key] for row in few]])}
+        for kind, runs in students.items():
+            lines[KINDS[kind][0]] = (list(COUNTS), [[row[key] for row in rows] for rows in runs])
+        graphs.append(Graph(title, "network evaluations", scale, lines))
+    graphs_alone(path, graphs)
+
+
+def run_all(given: argparse.Namespace, exam: Exam) -> dict[str, list[list[dict]]]:
+    """Kind -> per seed its rows."""
+    students: dict[str, dict[int, list[dict]]] = {kind: {} for kind in given.kinds}
+    every = [(kind, seed) for seed in given.seeds for kind in given.kinds]
+    stop = Event()
+    with ThreadPoolExecutor(given.jobs) as pool, tqdm(total=len(every), desc="runs") as bar:
+        try:
+            asked = {pool.submit(rows_of, *run, given, exam, stop): run for run in every}
+            for done in as_completed(asked):
+                if isinstance(done.exception(), CancelledError):
+                    continue  # because of another's error, which is still to come
+                kind, seed = asked[done]
+                students[kind][seed] = done.result()
+                bar.update()
+        finally:
+            stop.set()
+    return {kind: [rows[seed] for seed in given.seeds] for kind, rows in students.items()}
+
+
+def main() -> None:
+    given = arguments()
+    for name in ("jobs", "steps"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            refuse(f"--{name} is {getattr(given, name)}; it must be at least 1")
+    for name in ("kinds", "seeds"):
+        setattr(given, name, list(dict.fromkeys(getattr(given, name))))
+    torch.set_num_threads(1)  # beside it train others
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        exam = Exam(PRESET.guidance)
+        teacher = load_teacher("digits", PRESET.shift, EMBEDDED, *HOW).requires_grad_(False).eval()
+        exam.ask_teacher(teacher)
+        students = run_all(given, exam)
+        rows = teacher_rows(exam, teacher)
+    except (ValueError, OSError) as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        refuse("interrupted; the same command continues")
+    text = table(rows, students)
+    print(text)
+    (given.out / "table.md").write_text(text + "\n")
+    metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
+    (given.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    picture(given.out / "ablation.png", rows, students)
+    print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
+
+
+if __name__ == "__main__":
+    main()

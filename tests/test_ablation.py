@@ -1,0 +1,154 @@
+"""ablation.py: its table, and runs of a few iterations with a small exam."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+from conftest import refused
+
+import ablation
+from config import Config, Parser, parse
+from exam import COLUMNS, Exam
+
+KEYS = [key for key, _, _ in COLUMNS]
+
+
+def row(name: str, nfe: int, value: float) -> dict:
+    return {"name": name, "nfe": nfe} | dict.fromkeys(KEYS, value)
+
+
+def test_the_table_is_mean_and_spread_over_seeds():
+    """Two seeds of one kind, 90 and 94 percent: 92.0 ± 2.8 (the standard deviation of a sample);
+    one seed: the value alone."""
+    teacher = [row("teacher 50, guided", 100, 95.0), row("teacher 4, guided", 8, 60.0)]
+    seeds = [[row(f"student {n}, x0", n, value + n) for n in (1, 2)] for value in (89.0, 93.0)]
+    lines = ablation.table(teacher, {"all": seeds, "dmd": seeds[:1]}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0][:4] == ["parts", "steps", "NFE", "accuracy"]
+    assert cells[2][:4] == ["teacher, guided", "50", "100", "95.0"]
+    assert cells[3][:4] == ["teacher, guided", "4", "8", "60.0"]
+    assert cells[4][:4] == ["all three", "1", "1", "92.0 ± 2.8"]
+    assert cells[5][:4] == ["all three", "2", "2", "93.0 ± 2.8"]
+    assert cells[6][:4] == ["DMD", "1", "1", "90.0"] and len(cells) == 8
+
+
+def test_every_combination_of_the_three_parts_is_a_kind():
+    """Read from what train.py makes of the flags; titles say the same."""
+    parts = {}
+    for kind, (title, _) in ablation.KINDS.items():
+        cfg, _ = parse_flags(ablation.flags_of(kind, 5, None))
+        assert cfg.seed == 5 and not cfg.table
+        on = (cfg.ida_decay < 1, cfg.w_isg > 0, cfg.w_gan > 0)
+        if cfg.student_steps == 4:
+            parts[on] = kind
+            named = [word in title or title == "all three" for word in ("IDA", "ISG", "disc")]
+            assert tuple(named) == on, f"{title}: {on}"
+        else:
+            assert kind in ("two", "one")
+    assert len(parts) == 8
+
+
+def parse_flags(flags: list[str]) -> tuple[Config, object]:
+    parser = Parser()
+    for part, field, off in (
+        ("ida", "ida_decay", 1.0),
+        ("isg", "w_isg", 0.0),
+        ("gan", "w_gan", 0.0),
+    ):
+        parser.add_argument(f"--no-{part}", dest=field, action="store_const", const=off)
+    return parse(parser, flags)
+
+
+def ended(result: tuple[int, str, str], *named: str) -> None:
+    """Refused in its last line, below the progress."""
+    code, _, err = result
+    refused((code, "", err.splitlines()[-1] + "\n"), *named)
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Six captions; the teacher's samples are drawn for it."""
+    monkeypatch.setattr(ablation, "Exam", partial(Exam, captions=4, new=1, placed=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_runs_are_trained_examined_and_kept(command, small, tmp_path, monkeypatch):
+    """Two seeds of two iterations; the same again trains nothing and says the same; another number
+    of iterations trains anew."""
+    flags = ("--kinds", "dmd", "--seeds", 0, 1, "--steps", 2, "--out", tmp_path)
+    code, out, err = command(ablation, *flags)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [r["nfe"] for r in metrics["teacher"]] == [100, 8, 4, 2]
+    assert list(metrics["students"]) == ["dmd"] and metrics["seeds"] == [0, 1]
+    one, two = metrics["students"]["dmd"]
+    assert one != two, "seeds make a difference"
+    for rows in (one, two):
+        assert [r["name"] for r in rows] == [f"student {n}, x0" for n in (1, 2, 4, 8)]
+    mean = (one[2]["fd"] + two[2]["fd"]) / 2
+    cells = [line.split("|") for line in out.splitlines() if line.startswith("| DMD")]
+    assert f"{mean:.2f} ±" in cells[2][6]
+    assert (tmp_path / "table.md").read_text() in out
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
+    config = json.loads((tmp_path / "dmd-1" / "config.json").read_text())
+    assert (config["seed"], config["ida_decay"], config["w_isg"], config["w_gan"]) == (1, 1, 0, 0)
+
+    def never(*args):
+        raise ValueError("trained again")
+
+    monkeypatch.setattr(ablation, "train", never)
+    code, again, err = command(ablation, *flags)
+    assert code == 0 and again == out, err
+    with pytest.raises(ValueError, match="trained again"):
+        ablation.rows_of("dmd", 0, SimpleNamespace(out=tmp_path, steps=3), None, Event())
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_a_run_that_ends_badly_ends_the_command(command, small, tmp_path):
+    """train.py refuses a folder of which it cannot tell whose it is; its words are passed on, and
+    no other run begins."""
+    (tmp_path / "dmd-0").mkdir()
+    (tmp_path / "dmd-0" / "config.json").write_text("{")
+    flags = ("--kinds", "dmd", "all", "--seeds", 0, "--jobs", 1, "--steps", 2, "--out", tmp_path)
+    ended(command(ablation, *flags), "--no-ida", "config.json", "dmd-0.txt")
+    assert not (tmp_path / "all-0").exists()
+
+
+def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
+    """SIGTERM: train.py saves and stops, within seconds; no student is examined before its end."""
+    flags = ["--kinds", "dmd", "--seeds", "0", "--steps", "100000", "--out", str(tmp_path)]
+    file = Path(ablation.__file__)
+    run = subprocess.Popen([sys.executable, file, *flags], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "dmd-0" / "log.csv"
+    for _ in range(600):
+        if log.is_file() and log.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and "the same command continues" in err
+    assert "stopped by SIGTERM" in (tmp_path / "dmd-0.txt").read_text()
+    assert not (tmp_path / "dmd-0" / "exam.json").exists()
+    assert any((tmp_path / "dmd-0" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (["--kinds", "ida", "idea"], "idea"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--seed", "1"], "--seed"),
+    ],
+)
+def test_ablation_refuses_what_cannot_be(command, tmp_path, wrong, named):
+    refused(command(ablation, *wrong, "--out", tmp_path / "none"), named)
+    assert not (tmp_path / "none").exists()
