@@ -3,7 +3,6 @@
     python evaluate.py --student runs/digits/student.safetensors
     python evaluate.py --student FILE --prompts captions.txt --n 5000 --weights DIR
     torchrun --nproc_per_node 8 evaluate.py --student FILE --data DIR --images 5000
-    python evaluate.py --runs runs/all-0 runs/all-1 runs/all-2 runs/dmd-0 ...
 
 Teacher and student draw every prompt from the same noise: image k depends on its prompt and on
 (seed, k) alone. Images are kept in --out, as PNGs that carry their settings; the same command draws
@@ -16,19 +15,16 @@ its small ViT): the Frechet distance of whole images (FD) and of their middle 29
 (patch FD); precision and recall (k-NN, k = 3). Of the images alone: the Vendi score, the mean
 distance (1 - cosine) between images of a prompt, and the CLIP score (ViT-L/14). "±" is half of a
 95 % interval, by bootstrap over prompts. FD depends on the number of images: compare equal numbers.
-With --inception also FID-T and patch FID-T, which takes the package torch-fidelity. The embedded
-task's own prompts add the exam: are named attributes right, how varied are the open ones.
-
-Writes metrics.json and samples.png too. --runs reads what finished runs measured: folders NAME-SEED
-become one row, mean and spread (standard deviation) over seeds, of the student at its own number of
-steps.
+With --inception also FID-T and patch FID-T, which takes the package torch-fidelity; with --clip-g,
+--clip-h, --pickscore or --hpsv2 what those networks make of image and prompt. The embedded task's
+own prompts add the exam: are named attributes right, how varied are the open ones. Writes
+metrics.json and samples.png too.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import statistics
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,10 +41,12 @@ from tqdm import tqdm
 import parallel
 from config import TEACHERS, Config, Parser, refuse
 from data import open_data
-from exam import COLUMNS, Exam, aligned, format_table
+from exam import Exam, aligned, format_table
 from images import BAD, Images, read_text
 from judges import (
+    GIVEN,
     Features,
+    check_scorers,
     embed_captions,
     feature_nets,
     load_inception,
@@ -139,11 +137,8 @@ def numbers(text: str) -> tuple[int, ...]:
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--student", type=Path, help="a student saved by train.py")
-    which.add_argument(
-        "--runs", type=Path, nargs="+", help="output folders of train.py to summarise"
-    )
+    student = "a student saved by train.py"
+    parser.add_argument("--student", type=Path, required=True, help=student)
     teacher = f"{', '.join(TEACHERS)}, or a file of its denoiser; default: the student's"
     parser.add_argument("--teacher", help=teacher)
     what = parser.add_mutually_exclusive_group()
@@ -169,6 +164,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", default="", help="folder of the official files")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, the embedded task fp32")
     parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
+    for title, repo, file in (
+        ("CLIP-g", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.safetensors"),
+        ("CLIP-H", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
+        ("PickScore", "yuvalkirstain/PickScore_v1", "model.safetensors"),
+        ("HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    ):
+        weights = f"its weights, adds {title}; {file} of {repo}"
+        parser.add_argument(f"--{title.lower()}", type=Path, metavar="FILE", help=weights)
     resamples = "of the bootstrap; default: 50"
     parser.add_argument("--resamples", type=int, default=50, help=resamples)
     out = "folder of images and results; default: evaluation/ beside the student"
@@ -223,9 +226,14 @@ def decide(given: argparse.Namespace) -> tuple[Plan, Exam | None]:
         samplings=ways(given, about, guidance),
         out=given.out or given.student.parent / "evaluation",
     )
-    for s in plan.samplings:
-        plan.folder(s).mkdir(parents=True, exist_ok=True)
     return plan, exam
+
+
+def scorers_of(given: argparse.Namespace, plan: Plan) -> dict[str, Path]:
+    """Per score the file of its network. ValueError or OSError."""
+    paths = {title: getattr(given, title.lower().replace("-", "_")) for title in GIVEN}
+    asked = {title: path for title, path in paths.items() if path}
+    return check_scorers(plan.teacher, plan.judges, asked)
 
 
 def ask(
@@ -327,6 +335,7 @@ def missing(plan: Plan, s: Sampling, rank: int = 0, world: int = 1) -> list[int]
 
 def save(image: Tensor, path: Path, settings: dict) -> None:
     """Renamed when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.png")
     save_png(image, part, settings)
     os.replace(part, path)
@@ -445,7 +454,8 @@ def features_of(
     return {title: torch.cat(part).unflatten(0, (-1, plan.each)) for title, part in parts.items()}
 
 
-FORMS = {"precision": ".3f", "recall": ".3f", "distance": ".4f", "CLIP": ".4f"}
+FORMS = {"precision": ".3f", "recall": ".3f", "distance": ".4f"}
+FORMS |= dict.fromkeys(("CLIP", "CLIP-g", "CLIP-H", "HPSv2"), ".4f")
 
 
 def measures_table(rows: list[dict]) -> str:
@@ -462,11 +472,16 @@ def measures_table(rows: list[dict]) -> str:
 
 
 def measure_all(
-    plan: Plan, inception: nn.Module | None, resamples: int, device: torch.device
+    plan: Plan,
+    scorers: dict[str, Path],
+    inception: nn.Module | None,
+    resamples: int,
+    device: torch.device,
 ) -> list[dict]:
     """A row for each way to draw; the first is what the others are held against."""
-    nets, rows, reference = feature_nets(plan.teacher, plan.judges, inception, device), [], None
-    captions = embed_captions(plan.teacher, plan.judges, plan.prompts, device)
+    captions = embed_captions(plan.judges, scorers, plan.prompts, device)
+    nets = feature_nets(plan.teacher, plan.judges, scorers, inception, device)
+    rows, reference = [], None
     with tqdm(total=len(plan.samplings) * plan.count, desc="features") as bar:
         every = [features_of(plan, s, nets, device, bar) for s in plan.samplings]
     for s, made in zip(tqdm(plan.samplings, desc="measures"), every, strict=True):
@@ -499,46 +514,16 @@ def picture(plan: Plan, path: Path) -> None:
     side_by_side(path, captions, columns, scale=max(1, 64 // min(images.shape[2:])))
 
 
-# --- finished runs -------------------------------------------------------------------------------
-
-
-def summary(runs: list[Path]) -> str:
-    """A Markdown table: one line per run name and sampler, "mean ± spread" over its seeds."""
-    seeds: dict[str, list[dict]] = {}
-    for run in runs:
-        if not (run / "metrics.json").is_file():
-            raise ValueError(
-                f"{run} holds no metrics.json; --runs takes output folders of train.py"
-            )
-        metrics = json.loads((run / "metrics.json").read_text())
-        steps = metrics["config"]["student_steps"]
-        for row in metrics.get("table", ()):
-            if row["name"].startswith(f"student {steps},"):
-                name = run.name.rpartition("-")[0] + "," + row["name"].partition(",")[2]
-                seeds.setdefault(name, []).append(row)
-    lines = ["| run, sampler | seeds | " + " | ".join(title for _, title, _ in COLUMNS) + " |"]
-    lines.append("|---|" + "--:|" * (1 + len(COLUMNS)))
-    for name, rows in seeds.items():
-        cells = []
-        for key, _, form in COLUMNS:
-            values = [row[key] for row in rows]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):{form}} ± {spread:{form}}")
-        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     given = arguments()
     try:
-        if given.runs:
-            print(summary(given.runs))
-            return
         device = parallel.start()
         inception = load_inception(given.inception)
         plan, exam = decide(given)
-        if exam and parallel.rank() == 0:
-            ask_teacher(plan, exam, device)
+        if parallel.rank() == 0:
+            scorers = scorers_of(given, plan)
+            if exam:
+                ask_teacher(plan, exam, device)
         parallel.barrier()
         draw_missing(plan, device, parallel.rank(), parallel.world())
     except (ValueError, OSError) as error:
@@ -548,7 +533,7 @@ def main() -> None:
     parallel.barrier()
     if parallel.rank() == 0:
         try:
-            rows = measure_all(plan, inception, given.resamples, device)
+            rows = measure_all(plan, scorers, inception, given.resamples, device)
         except (ValueError, OSError) as error:
             refuse(error)
         print(measures_table(rows))

@@ -2,8 +2,10 @@
 
     locate_judges    their files, where they are not embedded
     load_inception   the FID's network, which takes a package of its own
+    SCORERS          CLIPs that say how well an image fits its caption: their sizes and their views
+    check_scorers    their files are those of these networks
     feature_nets     images -> features, by measure
-    embed_captions   what CLIP makes of the prompts
+    embed_captions   what the scorers make of the prompts
     measure          features -> every measure with its interval
 
 P prompts, S samples of each, D features.
@@ -11,7 +13,8 @@ P prompts, S samples of each, D features.
 
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from measures import (
     bootstrap,
     clip_score,
+    fit,
     frechet_distance,
     pairwise_distance,
     patch,
@@ -29,16 +33,23 @@ from measures import (
     to_uint8,
     vendi_score,
 )
+from nets.clip import CLIPConfig
 from nets.files import find_files
 from nets.vision import (
+    CLIP_OPEN_TEXT,
+    CLIP_VIT_GIANT,
+    CLIP_VIT_HUGE,
     CLIP_VIT_LARGE,
     CLIP_VIT_LARGE_TEXT,
     DINOV2_LARGE,
+    CLIPVision,
+    CLIPVisionConfig,
     load_clip_text,
     load_clip_vision,
     load_judge,
     load_vit,
 )
+from nets.weights import read_tensors, safetensors_of
 from teachers import EMBEDDED, load_backbone
 
 # Its table of positions stretched as in the code that its features are published with.
@@ -46,6 +57,26 @@ DINOV2 = replace(DINOV2_LARGE, positions="facebook", hooks=(), recompute=False)
 JUDGES = ("dinov2", "clip_vit", "clip_vit_tokenizer")  # in nets/files.py
 Files = dict[str, list[Path]]
 Features = dict[str, Tensor]  # per measure (P, S, D)
+Captions = dict[str, tuple[Tensor, float]]  # per score (P, 1, D), and what the cosine is times
+
+
+@dataclass(frozen=True)
+class Scorer:
+    vision: CLIPVisionConfig
+    text: CLIPConfig
+    view: Callable[[Tensor, int], Tensor] = resize  # the image as it was trained to see it
+    scaled: bool = False  # the score is the cosine times the file's own scale
+
+
+# The last two are CLIP ViT-H/14, tuned on what people preferred.
+SCORERS = {
+    "CLIP": Scorer(CLIP_VIT_LARGE, CLIP_VIT_LARGE_TEXT),
+    "CLIP-g": Scorer(CLIP_VIT_GIANT, CLIP_OPEN_TEXT),
+    "CLIP-H": Scorer(CLIP_VIT_HUGE, CLIP_OPEN_TEXT),
+    "PickScore": Scorer(CLIP_VIT_HUGE, CLIP_OPEN_TEXT, scaled=True),
+    "HPSv2": Scorer(CLIP_VIT_HUGE, CLIP_OPEN_TEXT, view=fit),
+}
+GIVEN = tuple(SCORERS)[1:]  # by the user: the first's file is found like the other judges'
 
 
 def locate_judges(teacher: str, weights: str = "") -> Files:
@@ -74,8 +105,31 @@ def load_inception(path: Path | None) -> nn.Module | None:
         raise ValueError(f"--inception {path} is no file of its weights ({reason})") from None
 
 
+def check_scorers(
+    teacher: str, files: Files, given: dict[str, Path], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Path]:
+    """Per score its network's file, CLIP's own among them. ValueError or FileNotFoundError.
+
+    Each is loaded once, and let go: what is wrong shows before images are drawn.
+    """
+    if teacher == "digits":
+        if given:
+            raise ValueError(f"{next(iter(given))} reads 224 x 224 pixels; the digits have 16 x 16")
+        return {}
+    paths = {title: safetensors_of(path) for title, path in given.items()}
+    words = files["clip_vit_tokenizer"]
+    for title, path in paths.items():
+        load_clip_vision(path, dtype, cfg=SCORERS[title].vision)
+        load_clip_text(path, *words, dtype, cfg=SCORERS[title].text)
+    return {"CLIP": files["clip_vit"][0]} | paths
+
+
 def feature_nets(
-    teacher: str, files: Files, inception: nn.Module | None, device: torch.device
+    teacher: str,
+    files: Files,
+    scorers: dict[str, Path],
+    inception: nn.Module | None,
+    device: torch.device,
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """By measure: images (B, 3, H, W) in [0, 1] -> features (B, D).
 
@@ -92,34 +146,46 @@ def feature_nets(
         }
     else:
         vit = load_vit(DINOV2, *files["dinov2"], device=device)
-        clip = load_clip_vision(*files["clip_vit"], device=device, cfg=CLIP_VIT_LARGE)
-        unit, side = vit.cfg.patch, clip.cfg.patch * clip.cfg.grid
+        unit = vit.cfg.patch
         nets = {
             "FD-DINOv2": lambda x: vit(resize(x, 16 * unit))[:, 0],  # 224 pixels
             "patch FD-DINOv2": lambda x: vit(patch(x, unit=unit))[:, 0],
-            "CLIP": lambda x: clip(resize(x, side)),
         }
     if inception:
         inception.to(device)
         nets["FID-T"] = lambda x: inception(to_uint8(2 * x - 1))[0]
         nets["patch FID-T"] = lambda x: inception(to_uint8(2 * patch(x) - 1))[0]
+    for title, path in scorers.items():
+        clip = load_clip_vision(path, device=device, cfg=SCORERS[title].vision)
+        nets[title] = partial(seen_by, clip, SCORERS[title].view)
     return nets
 
 
+def seen_by(clip: CLIPVision, view: Callable[[Tensor, int], Tensor], images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, D)."""
+    return clip(view(images, clip.cfg.patch * clip.cfg.grid))
+
+
 def embed_captions(
-    teacher: str, files: Files, prompts: list[str], device: torch.device
-) -> Tensor | None:
-    """What CLIP makes of the prompts (P, 1, D)."""
-    if teacher == "digits":
-        return None
-    paths = (*files["clip_vit"], *files["clip_vit_tokenizer"])
-    text = load_clip_text(*paths, device=device, cfg=CLIP_VIT_LARGE_TEXT)
-    parts = [prompts[start : start + 64] for start in range(0, len(prompts), 64)]
-    return torch.cat([text.embedding(part, device) for part in parts])[:, None]
+    files: Files, scorers: dict[str, Path], prompts: list[str], device: torch.device
+) -> Captions:
+    """One text tower after the other."""
+    captions, parts = {}, [prompts[start : start + 64] for start in range(0, len(prompts), 64)]
+    for title, path in scorers.items():
+        words, scorer = files["clip_vit_tokenizer"], SCORERS[title]
+        text = load_clip_text(path, *words, device=device, cfg=scorer.text)
+        read = torch.cat([text.embedding(part, device) for part in parts])[:, None]
+        captions[title] = (read, scale_of(path) if scorer.scaled else 1.0)
+    return captions
+
+
+def scale_of(path: Path) -> float:
+    """What a CLIP's cosines were multiplied by in training."""
+    return read_tensors(["logit_scale"], path, torch.float32, "cpu")["logit_scale"].exp().item()
 
 
 def measure(
-    made: Features, reference: Features | None, captions: Tensor | None, resamples: int
+    made: Features, reference: Features | None, captions: Captions, resamples: int
 ) -> dict[str, tuple[float, float] | None]:
     """By measure: its value and half of its interval, or None where there is none.
 
@@ -137,14 +203,14 @@ def measure(
 
         return bootstrap(chosen, P, resamples)
 
-    def fits(i: Tensor) -> float:
-        return clip_score(made["CLIP"][i], captions[i])
+    def fits(title: str) -> Callable[[Tensor], float]:
+        asked, scale = captions[title]
+        return lambda i: scale * clip_score(made[title][i], asked[i])
 
-    values = {title: against(frechet_distance, title) for title in made if title != "CLIP"}
+    values = {title: against(frechet_distance, title) for title in made if title not in captions}
     values["precision"], values["recall"] = against(precision, main), against(recall, main)
     of_all = made[main]
     values["Vendi"] = bootstrap(lambda i: vendi_score(of_all[i].flatten(0, 1)), P, resamples)
     apart = bootstrap(lambda i: pairwise_distance(of_all[i]), P, resamples) if S > 1 else None
     values["distance"] = apart
-    values["CLIP"] = bootstrap(fits, P, resamples) if captions is not None else None
-    return values
+    return values | {title: bootstrap(fits(title), P, resamples) for title in captions}

@@ -6,7 +6,7 @@
     pairwise_distance   how different the images of one prompt are
     clip_score          how well image and caption agree
     bootstrap           a measure and how far chance may have moved it
-    resize, patch       images as feature networks take them
+    resize, fit, patch  images as feature networks take them
     round_8bit          and as a PNG holds them
 
 Knows nothing of networks, files or teachers. N, M samples, D features, P prompts with S samples
@@ -128,6 +128,14 @@ def resize(image: Tensor, side: int) -> Tensor:
     size = (max(side, round(scale * height)), max(side, round(scale * width)))
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True)
     return middle(image, side, side).clamp(0, 1)  # bicubic overshoots
+
+
+def fit(image: Tensor, side: int) -> Tensor:
+    """image (B, 3, H, W) in [0, 1] -> (B, 3, side, side): long side scaled, black beside it."""
+    height, width = (round(side * size / max(image.shape[2:])) for size in image.shape[2:])
+    image = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    left, top = (side - width) // 2, (side - height) // 2
+    return F.pad(image, (left, side - width - left, top, side - height - top))
 
 
 def patch(image: Tensor, side: int = 299, unit: int = 1) -> Tensor:

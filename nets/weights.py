@@ -4,6 +4,7 @@ load_weights    into a network built on any device, "meta" included; one file, o
 save_weights    written beside the target and renamed, so a reader never sees half a file
 stream_weights  the same from tensors that come one at a time
 merge_weights   the same into a copy of a file that holds other networks too
+safetensors_of   the copy of a file that torch.save wrote
 read_metadata, digest
 
 A load is all or nothing: names and shapes are compared first, then every tensor is read, cast and
@@ -14,6 +15,7 @@ the memory of the network and of one more tensor.
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,6 +42,28 @@ def open_weights(path: Path):
         raise ValueError(
             f"{path} is damaged or no safetensors file; fetch it again ({error})"
         ) from None
+
+
+def safetensors_of(path: Path) -> Path:
+    """A file that torch.save wrote (.pt, .pth, .bin) -> its copy in safetensors beside it.
+
+    Made once, and made again if the file is newer. Tensors alone are read: what else such a file
+    can hold is code, which would run. A dict of tensors, or one under "state_dict".
+    """
+    if path.suffix not in (".pt", ".pth", ".bin") or not path.is_file():
+        return path
+    copy = path.with_suffix(".safetensors")
+    if copy.is_file() and copy.stat().st_mtime >= path.stat().st_mtime:
+        return copy
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no dict of tensors ({reason})") from None
+    write(tensors, copy, {})
+    return copy
 
 
 def shards(path: Path) -> list[Path]:

@@ -181,7 +181,6 @@ def test_sample_refuses_what_it_cannot_draw(command, student, tmp_path):
 def test_evaluate_refuses_missing_files(command, student, tmp_path):
     refused(command(evaluate, "--student", tmp_path / "none.safetensors"), "none.safetensors")
     refused(command(evaluate, "--student", student, "--teacher", "nobody"), "nobody")
-    refused(command(evaluate, "--runs", tmp_path), str(tmp_path), "metrics.json")
 
 
 def test_weights_must_be_those_of_the_network(tmp_path):
@@ -205,23 +204,6 @@ def test_weights_must_be_those_of_the_network(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
         load_weights(net, path)
-
-
-def test_summary_is_mean_and_spread_over_seeds(command, tmp_path):
-    """Two seeds of one run, 90 and 94 percent: 92.0 ± 2.8 (the standard deviation of a sample)."""
-    for seed, accuracy in ((0, 90.0), (1, 94.0)):
-        (tmp_path / f"all-{seed}").mkdir()
-        row = dict.fromkeys(
-            ("clean", "fd", "digits", "colours", "arrangements", "recall", "new"), 1.0
-        )
-        row |= {"name": "student 4, x0", "accuracy": accuracy}
-        other = row | {"name": "student 8, x0"}
-        metrics = {"config": {"student_steps": 4}, "table": [row, other]}
-        (tmp_path / f"all-{seed}" / "metrics.json").write_text(json.dumps(metrics))
-    code, out, _ = command(evaluate, "--runs", tmp_path / "all-0", tmp_path / "all-1")
-    assert (
-        code == 0 and "| all, x0 | 2 | 92.0 ± 2.8 | 1.0 ± 0.0 |" in out and "student 8" not in out
-    )
 
 
 def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_path, monkeypatch):

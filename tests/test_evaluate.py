@@ -6,21 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import evaluate
 import judges
 import teachers
-from measures import resize
+from measures import fit, resize
 from model import Flux, FluxConfig
-from nets.clip import CLIP, CLIPConfig, quick_gelu
+from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, CLIPConfig, quick_gelu, to_open_clip
 from nets.text import T5, T5Config
 from nets.vae import VAE, VAEConfig
 from nets.vision import (
@@ -103,8 +105,11 @@ def tiny(monkeypatch):
     monkeypatch.setitem(teachers.NETWORKS, "flux-dev", TINY)
     monkeypatch.setitem(teachers.T5_LENGTH, "flux-dev", 12)
     monkeypatch.setattr(judges, "DINOV2", VIT)
-    monkeypatch.setattr(judges, "CLIP_VIT_LARGE", CLIP_VISION)
-    monkeypatch.setattr(judges, "CLIP_VIT_LARGE_TEXT", CLIP_TEXT)
+    for title, scorer in judges.SCORERS.items():
+        wide = title == "CLIP-g"  # another network than the others
+        vision = replace(CLIP_VISION, hidden=20) if wide else CLIP_VISION
+        small = replace(scorer, vision=vision, text=CLIP_TEXT)
+        monkeypatch.setitem(judges.SCORERS, title, small)
 
 
 def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size=(16, 24)):
@@ -159,16 +164,15 @@ def times_of(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.png")}
 
 
-def clip_score_of(folder, weights):
+def clip_score_of(folder, weights, file="clip-vit-large-patch14.safetensors", view=resize):
     """Each image with its own prompt, one by one."""
-    file = weights / "clip-vit-large-patch14.safetensors"
-    images = load_clip_vision(file, cfg=CLIP_VISION)
+    images = load_clip_vision(weights / file, cfg=CLIP_VISION)
     words = (weights / "vocab.json", weights / "merges.txt")
-    captions = load_clip_text(file, *words, cfg=CLIP_TEXT)
+    captions = load_clip_text(weights / file, *words, cfg=CLIP_TEXT)
     scores = []
     for k in range(24):
         picture = torch.tensor(np.array(Image.open(folder / f"{k:06d}.png"))).movedim(-1, 0)
-        seen, asked = images(resize(picture[None] / 255, 16)), captions.embedding([PROMPTS[k // 4]])
+        seen, asked = images(view(picture[None] / 255, 16)), captions.embedding([PROMPTS[k // 4]])
         scores.append((seen * asked).sum().item())
     return sum(scores) / 24
 
@@ -309,6 +313,64 @@ def test_encoders_are_gone_before_a_denoiser_comes_and_that_before_the_next(flag
     assert len(loaded) == 2, "where nothing is missing nothing is loaded"
 
 
+# --- other networks that score -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scorers(weights):
+    """Two more CLIPs beside the first: with a scale, and as torch.save writes open_clip's names."""
+    vision, text = random(CLIPVision(CLIP_VISION), 20), random(CLIP(CLIP_TEXT), 21)
+    both = vision.state_dict() | text.state_dict()
+    save_file(both | {"logit_scale": torch.tensor(50.0).log()}, weights / "pick.safetensors")
+    random(vision, 22)
+    theirs = to_open_clip(vision.state_dict(), 1, VISION_TOWER)
+    theirs |= to_open_clip(text.state_dict(), 2, TEXT_TOWER)
+    torch.save({"epoch": 3, "state_dict": theirs}, weights / "hps.pt")
+    return ("--pickscore", weights / "pick.safetensors", "--hpsv2", weights / "hps.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*do not span")
+def test_preferences_are_scored_where_their_files_are_given(run, flags, scorers, student, weights):
+    """PickScore is the cosine times the file's scale; HPSv2 sees the whole image, black beside it;
+    a file of torch.save's is copied into safetensors, once."""
+    code, out, err = run(*flags, *scorers)
+    assert code == 0, err
+    folder = student.parent / "evaluation"
+    rows = json.loads((folder / "metrics.json").read_text())["measures"]
+    made = folder / "images" / "student-2"
+    scores = {
+        "PickScore": 50 * clip_score_of(made, weights, "pick.safetensors"),
+        "HPSv2": clip_score_of(made, weights, "hps.safetensors", fit),
+    }
+    for title, wanted in scores.items():
+        assert rows[3][title][0] == pytest.approx(wanted, abs=2e-5) and rows[3][title][1] > 0
+        assert title in out and rows[0][title][0] != rows[3][title][0]
+    assert abs(clip_score_of(made, weights, "hps.safetensors") - scores["HPSv2"]) > 1e-3
+    before = (weights / "hps.safetensors").stat().st_mtime_ns
+    assert run(*flags, *scorers)[0] == 0
+    assert (weights / "hps.safetensors").stat().st_mtime_ns == before
+
+
+def test_scorers_files_are_looked_into_before_images_are_drawn(run, flags, scorers, student):
+    """Of another network, absent, or with code in it."""
+    wrong = scorers[3].with_name("code.pt")
+    torch.save({"state_dict": {"visual.proj": os.getcwd}}, wrong)
+    listed = scorers[3].with_name("list.pt")
+    torch.save([torch.zeros(2)], listed)
+    for option, path, named in (
+        ("--clip-g", scorers[1], "has shape [24, 16], the network wants [20, 16]"),
+        ("--clip-h", scorers[1].with_name("none.pt"), "none.pt is missing"),
+        ("--hpsv2", wrong, "code.pt is damaged, or no dict of tensors"),
+        ("--hpsv2", listed, "list.pt is damaged, or no dict of tensors"),
+    ):
+        code, _, err = run(*flags, option, path)
+        assert code == 2 and err.count("\n") == 1 and named in err, err
+        assert not (student.parent / "evaluation").exists()
+    same = make_student(student.parent, load_teacher("digits", 2.0), "digits", size=(16, 16))
+    code, _, err = run("--student", same, "--pickscore", scorers[1])
+    assert code == 2 and "PickScore reads 224 x 224 pixels" in err and err.count("\n") == 1
+
+
 # --- Inception -----------------------------------------------------------------------------------
 
 
@@ -364,7 +426,7 @@ def test_the_embedded_teachers_evaluation_adds_the_exam(run, tmp_path):
     assert [row["name"] for row in metrics["measures"]] == names
     assert [row["name"] for row in metrics["table"]] == ["real, held out", *names]
     assert metrics["measures"][1]["nfe"] == 4 and metrics["measures"][1]["FD ViT"][0] > 0
-    assert metrics["measures"][1]["CLIP"] is None and "CLIP" not in out
+    assert "CLIP" not in out
     assert metrics["table"][1]["accuracy"] > 85 and metrics["table"][1]["new"] is None
     assert "new pairs" in out and "FD judge" in out
     digits = tmp_path / "digits.txt"

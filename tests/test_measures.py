@@ -16,6 +16,7 @@ from data import DigitScenes
 from measures import (
     bootstrap,
     clip_score,
+    fit,
     frechet_distance,
     from_uint8,
     pairwise_distance,
@@ -230,6 +231,21 @@ def test_resize_is_pillows_bicubic_of_the_short_side_then_the_middle(height, wid
     assert got.shape == (1, 3, 24, 24) and (got[0] - wanted).abs().max() <= 1
     edges = resize((levels > 128).float(), 24)
     assert edges.min() == 0 and edges.max() == 1, "bicubic overshoots; pixels do not"
+
+
+@pytest.mark.parametrize("height, width", [(90, 60), (50, 133), (24, 24), (10, 17)])
+def test_fit_is_the_whole_image_with_black_beside_it(height, width):
+    """White: the scaled rectangle, its side within half a pixel, in the middle. A square image is
+    seen as by `resize`."""
+    got = fit(torch.ones(2, 3, height, width), 24)
+    assert got.shape == (2, 3, 24, 24) and torch.allclose(got, got.round(), atol=1e-6)
+    got = got.round()
+    rows, columns = got[0, 0].any(1).sum(), got[0, 0].any(0).sum()
+    assert abs(rows - 24 * height / max(height, width)) <= 0.5
+    assert abs(columns - 24 * width / max(height, width)) <= 0.5
+    assert (got - got.flip(2, 3)).abs().sum(dim=(0, 1)).count_nonzero() <= 2 * 24, "in the middle"
+    square = torch.rand(1, 3, 70, 70, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fit(square, 24), resize(square, 24))
 
 
 def test_a_patch_is_the_middle_at_its_own_scale():
