@@ -14,7 +14,15 @@ from nets.files import OFFICIAL, SHARED
 from nets.text import T5, T5Config
 from nets.unet import UNETS
 from nets.vae import VAE, VAES
-from nets.vision import CLIP_VIT_LARGE_TEXT, DINOV2_LARGE, HF_MASK, ViT, hf_names
+from nets.vision import (
+    CLIP_VIT_LARGE,
+    CLIP_VIT_LARGE_TEXT,
+    DINOV2_LARGE,
+    HF_MASK,
+    CLIPVision,
+    ViT,
+    hf_names,
+)
 from teachers import CLIP_G, CLIP_L, NETWORKS, Networks, build
 
 WORDS = 514  # single bytes, single bytes that end a word, two special tokens
@@ -25,6 +33,7 @@ AROUND = {
     "backbone": replace(DINOV2_LARGE, width=16, depth=3, heads=2, grid=3, hooks=(0, 2)),
     "reader": replace(CLIP_VIT_LARGE_TEXT, width=12, depth=2, heads=2, hidden=24, vocabulary=WORDS),
 }
+SEER = replace(CLIP_VIT_LARGE, patch=8, grid=2, width=16, depth=1, heads=2, hidden=24, embedding=12)
 
 
 def vae(name: str):
@@ -81,7 +90,7 @@ def make_official(teacher: str, folder: Path) -> None:
     if teacher == "sdxl":
         tensors["clip_g"] = to_open_clip(tensors["clip_g"], nets.clip_g.depth)
     tensors["dinov2"] = in_hf_names(ViT(nets.backbone))
-    tensors["clip_vit"] = CLIP(nets.reader).state_dict()
+    tensors["clip_vit"] = CLIP(nets.reader).state_dict() | CLIPVision(SEER).state_dict()
     files: dict[Path, dict] = {}
     for name, state in tensors.items():
         part = parts[name]

@@ -14,51 +14,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small import SEER, SMALL, make_official
 from torch import nn
 
 import evaluate
 import judges
 import teachers
 from measures import fit, resize
-from model import Flux, FluxConfig
-from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, CLIPConfig, quick_gelu, to_open_clip
-from nets.text import T5, T5Config
-from nets.vae import VAE, VAEConfig
-from nets.vision import (
-    CLIPVision,
-    CLIPVisionConfig,
-    ViT,
-    ViTConfig,
-    load_clip_text,
-    load_clip_vision,
-)
+from model import Flux
+from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, to_open_clip
+from nets.text import T5
+from nets.vision import CLIPVision, load_clip_text, load_clip_vision
 from nets.weights import save_weights
 from schedule import Flow
-from teachers import Networks, load_teacher
+from teachers import load_denoiser, load_teacher
 
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-WORDS = [*LETTERS, *(f"{x}</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-TINY = Networks(
-    FluxConfig(
-        guidance=True,
-        channels=4,
-        width=12,
-        heads=2,
-        double=1,
-        single=1,
-        context_width=8,
-        pooled_width=12,
-        axes=(2, 2, 2),
-    ),
-    VAEConfig(4, scale=1.0, width=8, multipliers=(1, 2), blocks=1, groups=4),
-    CLIPConfig(12, 2, 2, 24, quick_gelu, projected=False, vocabulary=len(WORDS)),
-    None,
-    T5Config(width=8, depth=1, heads=2, head=4, hidden=16, vocabulary=9),
-)
-VIT = ViTConfig(2, 16, 1, 2, grid=4, hooks=(), positions="facebook")
-CLIP_VISION = CLIPVisionConfig(8, 2, 16, 1, 2, 24, embedding=8)
-CLIP_TEXT = CLIPConfig(12, 2, 2, 24, quick_gelu, True, vocabulary=len(WORDS), embedding=8)
+TINY = SMALL["flux-dev"]
+VIT = replace(TINY.backbone, hooks=(), positions="facebook", recompute=False)
+CLIP_FILE = "clip-vit-large-patch14/model.safetensors"
 PROMPTS = ["a red fox", "two men", "rain", "an old ship at sea", "blue", "a house"]
 
 
@@ -74,29 +47,9 @@ def random(net: nn.Module, seed: int) -> nn.Module:
 def weights(tmp_path_factory):
     """A folder with the files of FLUX.1-dev and of the networks that judge."""
     folder = tmp_path_factory.mktemp("weights")
-    nets = {
-        "flux1-dev": Flux(TINY.denoiser, Flow()),
-        "ae": VAE(TINY.vae),
-        "clip_l": CLIP(TINY.clip_l),
-        "t5xxl_fp16": T5(TINY.t5),
-        "dinov2-large": ViT(VIT),
-        "clip-vit-large-patch14": nn.ModuleList([CLIPVision(CLIP_VISION), CLIP(CLIP_TEXT)]),
-    }
-    for seed, (name, net) in enumerate(nets.items()):
-        random(net, seed)
-        if isinstance(net, nn.ModuleList):  # one file holds both towers, side by side
-            both, net = net, nn.Module()
-            for tower in both:
-                for part, module in tower.named_children():
-                    net.add_module(part, module)
-        save_weights(net, folder / f"{name}.safetensors", torch.float32, {})
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁fox", "s", "▁ship"]
-    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(teachers.NETWORKS, "flux-dev", TINY)
+        make_official("flux-dev", folder)
     return folder
 
 
@@ -107,12 +60,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(judges, "DINOV2", VIT)
     for title, scorer in judges.SCORERS.items():
         wide = title == "CLIP-g"  # another network than the others
-        vision = replace(CLIP_VISION, hidden=20) if wide else CLIP_VISION
-        small = replace(scorer, vision=vision, text=CLIP_TEXT)
+        vision = replace(SEER, hidden=20) if wide else SEER
+        small = replace(scorer, vision=vision, text=TINY.reader)
         monkeypatch.setitem(judges.SCORERS, title, small)
 
 
-def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size=(16, 24)):
+def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size=(16, 32)):
     about = {"teacher": teacher, "shift": "1.0", "steps": str(steps), "sampler": "x0"}
     about |= {"taus": json.dumps(taus), "size": json.dumps(size)}
     save_weights(net, folder / "student.safetensors", torch.float32, about)
@@ -164,11 +117,11 @@ def times_of(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.png")}
 
 
-def clip_score_of(folder, weights, file="clip-vit-large-patch14.safetensors", view=resize):
+def clip_score_of(folder, weights, file=CLIP_FILE, view=resize):
     """Each image with its own prompt, one by one."""
-    images = load_clip_vision(weights / file, cfg=CLIP_VISION)
-    words = (weights / "vocab.json", weights / "merges.txt")
-    captions = load_clip_text(weights / file, *words, cfg=CLIP_TEXT)
+    images = load_clip_vision(weights / file, cfg=SEER)
+    words = [(weights / CLIP_FILE).with_name(name) for name in ("vocab.json", "merges.txt")]
+    captions = load_clip_text(weights / file, *words, cfg=TINY.reader)
     scores = []
     for k in range(24):
         picture = torch.tensor(np.array(Image.open(folder / f"{k:06d}.png"))).movedim(-1, 0)
@@ -187,7 +140,7 @@ def test_any_teacher_is_measured_against_its_student(run, flags, student, weight
     code, out, err = run(*flags)
     assert code == 0, err
     metrics = json.loads((student.parent / "evaluation" / "metrics.json").read_text())
-    assert (metrics["images"], metrics["prompts"], metrics["size"]) == (24, 6, [16, 24])
+    assert (metrics["images"], metrics["prompts"], metrics["size"]) == (24, 6, [16, 32])
     rows = metrics["measures"]
     assert [(row["name"], row["nfe"]) for row in rows] == [
         *(("teacher 3", 3), ("teacher 2", 2), ("student 1", 1), ("student 2", 2))
@@ -206,13 +159,13 @@ def test_any_teacher_is_measured_against_its_student(run, flags, student, weight
 
 
 @pytest.mark.filterwarnings("ignore:.*do not span")
-def test_a_student_that_is_the_teacher_is_at_no_distance(run, flags, tmp_path):
+def test_a_student_that_is_the_teacher_is_at_no_distance(run, flags, weights, tmp_path):
     """The teacher's own weights without guidance, by the same sampler: the same noise for the same
     prompt gives the same images. With guidance it does not."""
     folder = tmp_path / "same"
     folder.mkdir()
-    teacher = random(Flux(TINY.denoiser, Flow()), 0)
-    taus = teachers.sampling_times("flux-dev", Flow(), 3, (16, 24))
+    teacher = load_denoiser("flux-dev", 1.0, [weights / "flux1-dev.safetensors"])
+    taus = teachers.sampling_times("flux-dev", Flow(), 3, (16, 32))
     same = make_student(folder, teacher, steps=3, taus=taus)
     flags = [*flags, "--student", same, "--sampler", "euler", "--steps", 3]
     for guidance in (0, 9):
@@ -319,7 +272,7 @@ def test_encoders_are_gone_before_a_denoiser_comes_and_that_before_the_next(flag
 @pytest.fixture(scope="module")
 def scorers(weights):
     """Two more CLIPs beside the first: with a scale, and as torch.save writes open_clip's names."""
-    vision, text = random(CLIPVision(CLIP_VISION), 20), random(CLIP(CLIP_TEXT), 21)
+    vision, text = random(CLIPVision(SEER), 20), random(CLIP(TINY.reader), 21)
     both = vision.state_dict() | text.state_dict()
     save_file(both | {"logit_scale": torch.tensor(50.0).log()}, weights / "pick.safetensors")
     random(vision, 22)
@@ -450,7 +403,7 @@ def test_the_embedded_teachers_evaluation_adds_the_exam(run, tmp_path):
         (["--resamples", "1"], "--resamples is 1"),
         (["--teacher", "flux"], 'unknown teacher "flux": no file; choose from digits, flux-dev'),
         (["--teacher", "digits"], "is a student of flux-dev"),
-        (["--size", "15", "24"], "15 is no multiple of 4"),
+        (["--size", "15", "24"], "15 is no multiple of 16"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--data", "DIR"], "not allowed with argument --prompts"),
         (["--weights", "nowhere"], "nowhere is no folder"),
