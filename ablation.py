@@ -162,13 +162,19 @@ def spread(values: list[float], form: str) -> str:
 
 
 def picture(path: Path, teacher: list[dict], students: dict[str, list[list[dict]]]) -> None:
-    """FD-T and cleanness over the network evaluations; bands are least and most of the seeds."""
-    graphs = []
-    for key, title, scale in (("fd", "FD-T", "log"), ("clean", "clean, %", "linear")):
-        few = sorted(teacher[1:], key=lambda row: row["nfe"])
+    """Measures over the network evaluations; bands are least and most of the seeds."""
+    fewer = [kind for kind in ("all", "two", "one") if kind in students]
+    parts = [kind for kind in students if kind not in ("two", "one")]
+    few, graphs = teacher[:0:-1], []  # without its 50 steps
+    for key, title, scale, kinds in (
+        ("fd", "FD-T", "log", parts),
+        ("clean", "clean, %", "linear", parts),
+        ("fd", "FD-T, trained for 4, 2, 1 steps", "log", fewer),
+    ):
         lines = {"teacher, guided": ([row["nfe"] for row in few], [[row[key] for row in few]])}
-        for kind, runs in students.items():
-            lines[KINDS[kind][0]] = (list(COUNTS), [[row[key] for row in rows] for rows in runs])
+        for kind in kinds:
+            y = [[row[key] for row in rows] for rows in students[kind]]
+            lines[KINDS[kind][0]] = (list(COUNTS), y)
         graphs.append(Graph(title, "network evaluations", scale, lines))
     graphs_alone(path, graphs)
 

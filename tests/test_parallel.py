@@ -313,7 +313,7 @@ def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path
         run = ranks.launch(ranks.command, 0, printed, [*LONG, "--out", tmp_path])
         if kill % 2:
             wait_for("checkpoints/*.part", tmp_path, run)
-        time.sleep(draw.uniform(0, 0.1 if kill % 2 else 1.2))
+        time.sleep(draw.uniform(0, 0.1 if kill % 2 else 0.9))
         run[0].kill()
         ranks.join(run)
         in_save += any(tmp_path.glob("checkpoints/*.part"))

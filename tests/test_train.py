@@ -4,12 +4,11 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from torch import nn
 
@@ -21,7 +20,6 @@ from nets.weights import digest
 from teachers import load_student
 from train import build_learners, build_nets, load_batch, lr_factor, train_step
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TEXT, DATA = SceneText(), DigitScenes()
 
@@ -226,8 +224,8 @@ def test_learning_rate_warms_up_and_falls():
 
 # --- whole runs ----------------------------------------------------------------------------------
 
-FLAGS = ("--steps", "12", "--batch", "2", "--ttur", "2", "--save-every", "2")
-FLAGS += ("--no-table", "--exam-every", "0", "--out")
+FLAGS = ("--steps", 12, "--batch", 2, "--ttur", 2, "--save-every", 2)
+FLAGS += ("--no-table", "--exam-every", 0, "--out")
 
 
 def student_of(out: Path) -> str:
@@ -235,36 +233,19 @@ def student_of(out: Path) -> str:
     return digest(load_student(out / "student.safetensors")[0])
 
 
-def start(out: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "train.py", *FLAGS, str(out)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def printed_by(out: Path) -> str:
+    """A run from its start, or from where it was, to its end."""
+    printed = out.with_suffix(".txt")
+    ranks.finish(ranks.command, 0, printed, [*FLAGS, out])
+    return printed.read_text()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A short run that nothing interrupts."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run = start(out)
-    errors = run.communicate()[1]
-    assert run.returncode == 0, errors
+    printed_by(out)
     return out
-
-
-def kill_after_a_checkpoint(out: Path, how: signal.Signals) -> subprocess.Popen:
-    run = start(out)
-    deadline = time.time() + 60
-    while not list(out.glob("checkpoints/step-????????")) and time.time() < deadline:
-        time.sleep(0.02)
-    run.send_signal(how)
-    run.communicate()
-    assert not (out / "student.safetensors").exists(), "it was to be interrupted"
-    return run
 
 
 def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
@@ -273,17 +254,19 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
     shutil.copytree(undisturbed, out)
     newest = sorted(out.glob("checkpoints/step-????????/*.distcp"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    run = start(out)
-    text = "".join(run.communicate())
-    assert run.returncode == 0 and "is damaged; using the checkpoint before it" in text, text
+    assert "is damaged; using the checkpoint before it" in printed_by(out)
     assert student_of(out) == student_of(undisturbed)
     assert (out / "log.csv").read_text() == (undisturbed / "log.csv").read_text()
 
 
 def test_sigterm_saves_and_stops(undisturbed, tmp_path):
-    out = tmp_path / "stopped"
-    run = kill_after_a_checkpoint(out, signal.SIGTERM)
-    assert run.returncode == 0
-    again = start(out)
-    assert "continuing" in "".join(again.communicate())
+    out, printed = tmp_path / "stopped", tmp_path / "printed.txt"
+    run = ranks.launch(ranks.command, 0, printed, [*FLAGS, out])
+    deadline = time.time() + 60
+    while not list(out.glob("checkpoints/step-????????")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(run[0].pid, signal.SIGTERM)
+    assert ranks.join(run) == [0] and "stopped by SIGTERM" in printed.read_text()
+    assert not (out / "student.safetensors").exists(), "it was to be interrupted"
+    assert "continuing" in printed_by(out)
     assert student_of(out) == student_of(undisturbed)
