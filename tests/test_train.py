@@ -225,7 +225,7 @@ def test_learning_rate_warms_up_and_falls():
 # --- whole runs ----------------------------------------------------------------------------------
 
 FLAGS = ("--steps", 12, "--batch", 2, "--ttur", 2, "--save-every", 2)
-FLAGS += ("--no-table", "--exam-every", 0, "--out")
+FLAGS += ("--disc-channels", 16, "--no-table", "--exam-every", 0, "--out")
 
 
 def student_of(out: Path) -> str:
