@@ -1,5 +1,5 @@
 """What each part of the method does on the embedded task: every combination of IDA, ISG and the
-discriminator, and students trained for fewer steps, over several seeds.
+discriminator, students trained for fewer steps, and a fake score that lags, over several seeds.
 
     python ablation.py                            # every kind of run, seeds 0, 1 and 2
     python ablation.py --kinds dmd all --seeds 0
@@ -46,7 +46,12 @@ KINDS = {  # title, flags of train.py
     "all": ("all three", ""),
     "two": ("trained for 2 steps", "--student-steps 2"),
     "one": ("trained for 1 step", "--student-steps 1"),
+    "slow": ("slow fake score: DMD", "--no-ida --no-isg --no-gan --lr-fake 1e-4"),
+    "slow-ida": ("slow fake score: DMD + IDA", "--no-isg --no-gan --lr-fake 1e-4"),
+    "slow-no-ida": ("slow fake score: all but IDA", "--no-ida --lr-fake 1e-4"),
+    "slow-all": ("slow fake score: all three", "--lr-fake 1e-4"),
 }
+FEWER, SLOW = ("two", "one"), ("slow", "slow-ida", "slow-no-ida", "slow-all")
 COUNTS = (1, 2, 4, 8)  # steps at which a student is examined
 HOW = (torch.float32, torch.device("cpu"))
 
@@ -54,7 +59,7 @@ HOW = (torch.float32, torch.device("cpu"))
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     kinds = "\n".join(
-        f"  {name:8}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
+        f"  {name:12}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
     )
     about = {"description": __doc__, "epilog": f"kinds and their flags:\n{kinds}"}
     parser = Parser(**about, formatter_class=raw, allow_abbrev=False)
@@ -162,20 +167,19 @@ def spread(values: list[float], form: str) -> str:
 
 
 def picture(path: Path, teacher: list[dict], students: dict[str, list[list[dict]]]) -> None:
-    """Measures over the network evaluations; bands are least and most of the seeds."""
-    fewer = [kind for kind in ("all", "two", "one") if kind in students]
-    parts = [kind for kind in students if kind not in ("two", "one")]
+    """FD-T over the network evaluations; bands are least and most of the seeds."""
     few, graphs = teacher[:0:-1], []  # without its 50 steps
-    for key, title, scale, kinds in (
-        ("fd", "FD-T", "log", parts),
-        ("clean", "clean, %", "linear", parts),
-        ("fd", "FD-T, trained for 4, 2, 1 steps", "log", fewer),
+    nfe, fd = [row["nfe"] for row in few], [[row["fd"] for row in few]]
+    for title, kinds in (
+        ("FD-T, by parts", [kind for kind in KINDS if kind not in FEWER + SLOW]),
+        ("FD-T, trained for 4, 2, 1 steps", ("all", *FEWER)),
+        ("FD-T, slow fake score", SLOW),
     ):
-        lines = {"teacher, guided": ([row["nfe"] for row in few], [[row[key] for row in few]])}
-        for kind in kinds:
-            y = [[row[key] for row in rows] for rows in students[kind]]
+        lines = {"teacher, guided": (nfe, fd)}
+        for kind in [kind for kind in kinds if kind in students]:
+            y = [[row["fd"] for row in rows] for rows in students[kind]]
             lines[KINDS[kind][0]] = (list(COUNTS), y)
-        graphs.append(Graph(title, "network evaluations", scale, lines))
+        graphs.append(Graph(title, "network evaluations", "log", lines))
     graphs_alone(path, graphs)
 
 

@@ -48,12 +48,12 @@ def test_every_combination_of_the_three_parts_is_a_kind():
         cfg, _ = parse_flags(ablation.flags_of(kind, 5, None))
         assert cfg.seed == 5 and not cfg.table
         on = (cfg.ida_decay < 1, cfg.w_isg > 0, cfg.w_gan > 0)
-        if cfg.student_steps == 4:
+        assert (cfg.student_steps < 4) == (kind in ablation.FEWER)
+        assert (cfg.lr_fake < 2e-4) == (kind in ablation.SLOW)
+        if kind not in ablation.FEWER + ablation.SLOW:
             parts[on] = kind
             named = [word in title or title == "all three" for word in ("IDA", "ISG", "disc")]
             assert tuple(named) == on, f"{title}: {on}"
-        else:
-            assert kind in ("two", "one")
     assert len(parts) == 8
 
 
