@@ -120,7 +120,7 @@ def test_a_run_that_ends_badly_ends_the_command(command, small, tmp_path):
     (tmp_path / "dmd-0" / "config.json").write_text("{")
     flags = ("--kinds", "dmd", "all", "--seeds", 0, "--jobs", 1, "--steps", 2, "--out", tmp_path)
     ended(command(ablation, *flags), "--no-ida", "config.json", "dmd-0.txt")
-    assert not (tmp_path / "all-0").exists()
+    assert not (tmp_path / "all-0.txt").exists()
 
 
 def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):

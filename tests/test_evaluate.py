@@ -304,10 +304,20 @@ def test_preferences_are_scored_where_their_files_are_given(run, flags, scorers,
     assert (weights / "hps.safetensors").stat().st_mtime_ns == before
 
 
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_scorers_files_are_looked_into_before_images_are_drawn(run, flags, scorers, student):
     """Of another network, absent, or with code in it."""
     wrong = scorers[3].with_name("code.pt")
-    torch.save({"state_dict": {"visual.proj": os.getcwd}}, wrong)
+    torch.save({"state_dict": Harm(wrong.with_name("harm"))}, wrong)
     listed = scorers[3].with_name("list.pt")
     torch.save([torch.zeros(2)], listed)
     for option, path, named in (
@@ -319,6 +329,7 @@ def test_scorers_files_are_looked_into_before_images_are_drawn(run, flags, score
         code, _, err = run(*flags, option, path)
         assert code == 2 and err.count("\n") == 1 and named in err, err
         assert not (student.parent / "evaluation").exists()
+    assert not wrong.with_name("harm").exists(), "its code was run"
     same = make_student(student.parent, load_teacher("digits", 2.0), "digits", size=(16, 16))
     code, _, err = run("--student", same, "--pickscore", scorers[1])
     assert code == 2 and "PickScore reads 224 x 224 pixels" in err and err.count("\n") == 1
