@@ -14,6 +14,7 @@ every run) and ablation.png.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import TEACHERS, Parser, refuse
+from config import STUDENT_STEPS, TEACHERS, Parser, refuse
 from exam import COLUMNS, Exam, aligned, exam_row, student_times
 from pictures import Graph, graphs_alone
 from schedule import grid
@@ -87,42 +88,59 @@ def flags_of(kind: str, seed: int, steps: int | None) -> list[str]:
 
 
 def rows_of(kind: str, seed: int, given: argparse.Namespace, exam: Exam, stop: Event) -> list[dict]:
-    """A run's student, examined. Kept in its folder, with the flags that it was made with.
+    """A run's student, examined. The rows are kept in its folder.
 
     stop: set when any run has failed, or all are to end.
     """
-    folder = given.out / f"{kind}-{seed}"
-    kept, flags = folder / "exam.json", flags_of(kind, seed, given.steps)
-    if kept.is_file():
-        saved = json.loads(kept.read_text())
-        if saved["flags"] == flags:
-            return saved["rows"]
+    folder, flags = given.out / f"{kind}-{seed}", flags_of(kind, seed, given.steps)
+    kept, student = folder / "exam.json", folder / "student.safetensors"
+    if rows := read_rows(kept, flags, student):
+        return rows
     if stop.is_set():
         raise CancelledError
     train(flags, folder, stop)
-    rows = examine(exam, folder / "student.safetensors")
+    rows = examine(exam, student)
     part = kept.with_suffix(".part")
-    part.write_text(json.dumps({"flags": flags, "rows": rows}, indent=1))
+    part.write_text(json.dumps({"key": key_of(flags, student), "rows": rows}, indent=1))
     os.replace(part, kept)
     return rows
+
+
+def key_of(flags: list[str], student: Path) -> str:
+    """Of all that a run's rows depend on, but for the code."""
+    choices = repr((flags, PRESET, STUDENT_STEPS, COUNTS)).encode()
+    return hashlib.blake2b(choices + student.read_bytes(), digest_size=8).hexdigest()
+
+
+def read_rows(kept: Path, flags: list[str], student: Path) -> list[dict]:
+    """What was kept of this very student; none if that is absent, damaged or another's."""
+    try:
+        saved = json.loads(kept.read_text())
+        return saved["rows"] if saved["key"] == key_of(flags, student) else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
 
 
 def train(flags: list[str], folder: Path, stop: Event) -> None:
     """ChildProcessError with the last of what train.py said, if it did not come to its end."""
     command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", str(folder)]
-    alone, log = os.environ | {"OMP_NUM_THREADS": "1"}, folder.with_suffix(".txt")
-    done = folder / "metrics.json"
-    done.unlink(missing_ok=True)
+    env, log = os.environ | {"OMP_NUM_THREADS": "1"}, folder.with_suffix(".txt")
     with log.open("w") as said:
-        run = subprocess.Popen([*command, *flags], env=alone, stdout=said, stderr=subprocess.STDOUT)
+        began = os.fstat(said.fileno()).st_mtime_ns
+        output = {"stdout": said, "stderr": subprocess.STDOUT}
+        # In a group of its own: a Ctrl-C is for this command, which ends its runs by SIGTERM.
+        run = subprocess.Popen([*command, *flags], env=env, process_group=0, **output)
         while run.poll() is None:
             if stop.wait(0.2):
                 run.terminate()  # it saves, then stops
                 run.wait()
-    if not done.is_file():
+    done = folder / "metrics.json"  # the last that train.py writes
+    if not done.is_file() or done.stat().st_mtime_ns < began:
         stop.set()
         *_, last = ["nothing", *log.read_text().splitlines()]
-        raise ChildProcessError(f"train.py {' '.join(flags)} said: {last} (the rest is in {log})")
+        raise ChildProcessError(
+            f"train.py {' '.join(flags)} said: {last} (the rest is in {log}; or give another --out)"
+        )
 
 
 def examine(exam: Exam, path: Path) -> list[dict]:
@@ -207,6 +225,8 @@ def main() -> None:
     for name in ("jobs", "steps"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             refuse(f"--{name} is {getattr(given, name)}; it must be at least 1")
+    if "RANK" in os.environ:
+        refuse("torchrun is not needed; --jobs runs several at once")
     for name in ("kinds", "seeds"):
         setattr(given, name, list(dict.fromkeys(getattr(given, name))))
     torch.set_num_threads(1)  # beside it train others
@@ -218,17 +238,17 @@ def main() -> None:
         exam.ask_teacher(teacher)
         students = run_all(given, exam)
         rows = teacher_rows(exam, teacher)
+        text = table(rows, students)
+        print(text)
+        (given.out / "table.md").write_text(text + "\n")
+        metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
+        (given.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        picture(given.out / "ablation.png", rows, students)
+        print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
     except (ValueError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt:
         refuse("interrupted; the same command continues")
-    text = table(rows, students)
-    print(text)
-    (given.out / "table.md").write_text(text + "\n")
-    metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
-    (given.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    picture(given.out / "ablation.png", rows, students)
-    print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -229,11 +230,19 @@ def decide(given: argparse.Namespace) -> tuple[Plan, Exam | None]:
     return plan, exam
 
 
-def scorers_of(given: argparse.Namespace, plan: Plan) -> dict[str, Path]:
-    """Per score the file of its network. ValueError or OSError."""
+def prepare(
+    plan: Plan, exam: Exam | None, given: argparse.Namespace, device: torch.device
+) -> dict[str, Path]:
+    """Rank 0: what can go wrong before an image is drawn. Per score the file of its network."""
+    if parallel.rank() > 0:
+        return {}
     paths = {title: getattr(given, title.lower().replace("-", "_")) for title in GIVEN}
     asked = {title: path for title, path in paths.items() if path}
-    return check_scorers(plan.teacher, plan.judges, asked)
+    scorers = check_scorers(plan.teacher, plan.judges, asked)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if exam:
+        ask_teacher(plan, exam, device)
+    return scorers
 
 
 def ask(
@@ -520,11 +529,7 @@ def main() -> None:
         device = parallel.start()
         inception = load_inception(given.inception)
         plan, exam = decide(given)
-        if parallel.rank() == 0:
-            scorers = scorers_of(given, plan)
-            if exam:
-                ask_teacher(plan, exam, device)
-        parallel.barrier()
+        scorers, *_ = parallel.on_all_ranks(partial(prepare, plan, exam, given, device))
         draw_missing(plan, device, parallel.rank(), parallel.world())
     except (ValueError, OSError) as error:
         refuse(error)

@@ -49,7 +49,7 @@ from nets.vision import (
     load_judge,
     load_vit,
 )
-from nets.weights import read_tensors, safetensors_of
+from nets.weights import first_line, places, read_tensors, safetensors_of
 from teachers import EMBEDDED, load_backbone
 
 # Its table of positions stretched as in the code that its features are published with.
@@ -93,7 +93,7 @@ def load_inception(path: Path | None) -> nn.Module | None:
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # absent, or made for another torch
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"--inception takes a package: pip install torch-fidelity ({reason})"
         ) from None
@@ -101,7 +101,7 @@ def load_inception(path: Path | None) -> nn.Module | None:
         torch.load(path, map_location="cpu", weights_only=True)  # the package would run its code
         return FeatureExtractorInceptionV3("inception", ["2048"], str(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"--inception {path} is no file of its weights ({reason})") from None
 
 
@@ -121,6 +121,8 @@ def check_scorers(
     for title, path in paths.items():
         load_clip_vision(path, dtype, cfg=SCORERS[title].vision)
         load_clip_text(path, *words, dtype, cfg=SCORERS[title].text)
+        if SCORERS[title].scaled and "logit_scale" not in places([path], ""):
+            raise ValueError(f"{path} lacks logit_scale, by which {title} multiplies")
     return {"CLIP": files["clip_vit"][0]} | paths
 
 

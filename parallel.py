@@ -118,7 +118,7 @@ def on_all_ranks(action: Callable) -> list:
     value, problem = None, ""
     try:
         value = action()
-    except (OSError, CheckpointException) as error:
+    except (OSError, ValueError, CheckpointException) as error:
         problem = reason(error)
     every = [(value, problem)] * world()
     if world() > 1:

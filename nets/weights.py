@@ -44,26 +44,38 @@ def open_weights(path: Path):
         ) from None
 
 
+# What torch.load raises for a damaged file, and what follows from one of something else.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError)
+UNREADABLE += (AttributeError, TypeError)
+
+
 def safetensors_of(path: Path) -> Path:
-    """A file that torch.save wrote (.pt, .pth, .bin) -> its copy in safetensors beside it.
+    """A file that torch.save wrote (.pt, .pth, .bin) -> its copy beside it, NAME.safetensors.
 
     Made once, and made again if the file is newer. Tensors alone are read: what else such a file
-    can hold is code, which would run. A dict of tensors, or one under "state_dict".
+    can hold is code, which would run. A dict of tensors, or one under "state_dict". ValueError.
     """
     if path.suffix not in (".pt", ".pth", ".bin") or not path.is_file():
         return path
-    copy = path.with_suffix(".safetensors")
+    copy = path.with_name(path.name + ".safetensors")
     if copy.is_file() and copy.stat().st_mtime >= path.stat().st_mtime:
         return copy
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    except UNREADABLE as error:
+        reason = first_line(error)
         raise ValueError(f"{path} is damaged, or no dict of tensors ({reason})") from None
-    write(tensors, copy, {})
+    try:
+        write(tensors, copy, {})
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{copy} cannot be written ({first_line(error)})") from None
     return copy
+
+
+def first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def shards(path: Path) -> list[Path]:

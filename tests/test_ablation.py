@@ -1,6 +1,7 @@
 """ablation.py: its table, and runs of a few iterations with a small exam."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,8 +86,9 @@ def small(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*do not span")
 def test_runs_are_trained_examined_and_kept(command, small, tmp_path, monkeypatch):
-    """A seed of two iterations; the same again trains nothing and says the same; another number of
-    iterations trains anew."""
+    """A seed of two iterations; the same again trains nothing and says the same. With another
+    number of iterations train.py refuses the folder, which stays as it is; what was kept of another
+    student, or damaged, is not used."""
     flags = ("--kinds", "dmd", "--seeds", 1, "--steps", 2, "--out", tmp_path)
     code, out, err = command(ablation, *flags)
     assert code == 0, err
@@ -102,14 +104,22 @@ def test_runs_are_trained_examined_and_kept(command, small, tmp_path, monkeypatc
     config = json.loads((tmp_path / "dmd-1" / "config.json").read_text())
     assert (config["seed"], config["ida_decay"], config["w_isg"], config["w_gan"]) == (1, 1, 0, 0)
 
+    ended(command(ablation, *flags, "--steps", 3), "--steps 3", "give another --out")
+
     def never(*args):
         raise ValueError("trained again")
 
     monkeypatch.setattr(ablation, "train", never)
     code, again, err = command(ablation, *flags)
     assert code == 0 and again == out, err
-    with pytest.raises(ValueError, match="trained again"):
-        ablation.rows_of("dmd", 1, SimpleNamespace(out=tmp_path, steps=3), None, Event())
+    student, kept = (tmp_path / "dmd-1" / name for name in ("student.safetensors", "exam.json"))
+    whole, rows = student.read_bytes(), kept.read_text()
+    for path, bad in ((student, whole[:-1] + b"x"), (kept, b""), (kept, b"[]")):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="trained again"):
+            ablation.rows_of("dmd", 1, SimpleNamespace(out=tmp_path, steps=2), None, Event())
+        student.write_bytes(whole)
+        kept.write_text(rows)
 
 
 @pytest.mark.filterwarnings("ignore:.*do not span")
@@ -124,16 +134,18 @@ def test_a_run_that_ends_badly_ends_the_command(command, small, tmp_path):
 
 
 def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
-    """SIGTERM: train.py saves and stops, within seconds; no student is examined before its end."""
+    """Ctrl-C, which reaches the whole group: train.py saves and stops, within seconds; no student
+    is examined before its end."""
     flags = ["--kinds", "dmd", "--seeds", "0", "--steps", "100000", "--out", str(tmp_path)]
     file = Path(ablation.__file__)
-    run = subprocess.Popen([sys.executable, file, *flags], stderr=subprocess.PIPE, text=True)
+    how = {"stderr": subprocess.PIPE, "text": True, "process_group": 0}
+    run = subprocess.Popen([sys.executable, file, *flags], **how)
     log = tmp_path / "dmd-0" / "log.csv"
     for _ in range(600):
         if log.is_file() and log.read_text().count("\n") > 3:
             break
         time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 2 and "the same command continues" in err
     assert "stopped by SIGTERM" in (tmp_path / "dmd-0.txt").read_text()
@@ -148,8 +160,10 @@ def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
         (["--jobs", "0"], "--jobs is 0"),
         (["--steps", "0"], "--steps is 0"),
         (["--seed", "1"], "--seed"),
+        ([], "torchrun is not needed"),
     ],
 )
-def test_ablation_refuses_what_cannot_be(command, tmp_path, wrong, named):
+def test_ablation_refuses_what_cannot_be(command, tmp_path, monkeypatch, wrong, named):
+    monkeypatch.setenv("RANK", "0") if not wrong else None
     refused(command(ablation, *wrong, "--out", tmp_path / "none"), named)
     assert not (tmp_path / "none").exists()

@@ -274,6 +274,7 @@ def scorers(weights):
     """Two more CLIPs beside the first: with a scale, and as torch.save writes open_clip's names."""
     vision, text = random(CLIPVision(SEER), 20), random(CLIP(TINY.reader), 21)
     both = vision.state_dict() | text.state_dict()
+    save_file(both, weights / "h.safetensors")
     save_file(both | {"logit_scale": torch.tensor(50.0).log()}, weights / "pick.safetensors")
     random(vision, 22)
     theirs = to_open_clip(vision.state_dict(), 1, VISION_TOWER)
@@ -286,22 +287,24 @@ def scorers(weights):
 def test_preferences_are_scored_where_their_files_are_given(run, flags, scorers, student, weights):
     """PickScore is the cosine times the file's scale; HPSv2 sees the whole image, black beside it;
     a file of torch.save's is copied into safetensors, once."""
-    code, out, err = run(*flags, *scorers)
+    flags = [*flags, *scorers, "--clip-h", weights / "h.safetensors"]
+    code, out, err = run(*flags)
     assert code == 0, err
     folder = student.parent / "evaluation"
     rows = json.loads((folder / "metrics.json").read_text())["measures"]
     made = folder / "images" / "student-2"
     scores = {
         "PickScore": 50 * clip_score_of(made, weights, "pick.safetensors"),
-        "HPSv2": clip_score_of(made, weights, "hps.safetensors", fit),
+        "HPSv2": clip_score_of(made, weights, "hps.pt.safetensors", fit),
+        "CLIP-H": clip_score_of(made, weights, "pick.safetensors"),  # the same towers
     }
     for title, wanted in scores.items():
         assert rows[3][title][0] == pytest.approx(wanted, abs=2e-5) and rows[3][title][1] > 0
         assert title in out and rows[0][title][0] != rows[3][title][0]
-    assert abs(clip_score_of(made, weights, "hps.safetensors") - scores["HPSv2"]) > 1e-3
-    before = (weights / "hps.safetensors").stat().st_mtime_ns
-    assert run(*flags, *scorers)[0] == 0
-    assert (weights / "hps.safetensors").stat().st_mtime_ns == before
+    assert abs(clip_score_of(made, weights, "hps.pt.safetensors") - scores["HPSv2"]) > 1e-3
+    before = (weights / "hps.pt.safetensors").stat().st_mtime_ns
+    assert run(*flags)[0] == 0
+    assert (weights / "hps.pt.safetensors").stat().st_mtime_ns == before
 
 
 class Harm:
@@ -318,13 +321,16 @@ def test_scorers_files_are_looked_into_before_images_are_drawn(run, flags, score
     """Of another network, absent, or with code in it."""
     wrong = scorers[3].with_name("code.pt")
     torch.save({"state_dict": Harm(wrong.with_name("harm"))}, wrong)
-    listed = scorers[3].with_name("list.pt")
+    listed, empty = (scorers[3].with_name(name) for name in ("list.pt", "empty.bin"))
     torch.save([torch.zeros(2)], listed)
+    empty.write_bytes(b"")
     for option, path, named in (
         ("--clip-g", scorers[1], "has shape [24, 16], the network wants [20, 16]"),
         ("--clip-h", scorers[1].with_name("none.pt"), "none.pt is missing"),
         ("--hpsv2", wrong, "code.pt is damaged, or no dict of tensors"),
         ("--hpsv2", listed, "list.pt is damaged, or no dict of tensors"),
+        ("--clip-h", empty, "empty.bin is damaged, or no dict of tensors"),
+        ("--pickscore", scorers[3], "hps.pt.safetensors lacks logit_scale"),
     ):
         code, _, err = run(*flags, option, path)
         assert code == 2 and err.count("\n") == 1 and named in err, err
@@ -421,6 +427,7 @@ def test_the_embedded_teachers_evaluation_adds_the_exam(run, tmp_path):
         (["--student", "none.safetensors"], "none.safetensors is missing"),
         (["--sampler", "heun"], "heun"),
         (["--inception", "none.pth"], "none.pth"),
+        (["--out", evaluate.__file__], "evaluate.py"),
     ],
 )
 def test_evaluate_refuses_what_cannot_be(run, flags, monkeypatch, student, wrong, named):

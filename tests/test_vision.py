@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import nn
 
+from judges import SCORERS
 from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, CLIPConfig, quick_gelu, to_open_clip
 from nets.text import token_ids
 from nets.vision import (
@@ -359,6 +360,20 @@ def test_open_clips_names_and_shapes_are_those_of_the_official_files(cfg, name):
     theirs = official(f"open_clip_vit_{name}")
     assert theirs.pop("logit_scale") == []
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == theirs
+
+
+def test_open_clips_towers_have_its_heads_and_activation():
+    """What shapes do not show: heads of 80, 88 and 64 channels in open_clip's published sizes, and
+    GELU where OpenAI's towers have its quick approximation."""
+    channels = [cfg.width // cfg.heads for cfg in (CLIP_VIT_HUGE, CLIP_VIT_GIANT, CLIP_OPEN_TEXT)]
+    assert channels == [80, 88, 64]
+    for cfg in (CLIP_VIT_HUGE, CLIP_VIT_GIANT, CLIP_OPEN_TEXT):
+        assert cfg.activation is F.gelu
+    for cfg in (CLIP_VIT_LARGE, CLIP_VIT_LARGE_TEXT):
+        assert cfg.activation is quick_gelu and cfg.width // cfg.heads == 64
+    for title in ("CLIP-H", "PickScore", "HPSv2"):
+        assert SCORERS[title].vision == CLIP_VIT_HUGE and SCORERS[title].text == CLIP_OPEN_TEXT
+    assert SCORERS["CLIP-g"].vision == CLIP_VIT_GIANT
 
 
 def test_a_tower_is_read_out_of_a_file_that_is_clips_alone(clip, tmp_path):
