@@ -17,7 +17,7 @@ from conftest import refused
 
 import ablation
 import exam
-from config import Config, Parser, parse
+import train
 from exam import COLUMNS, Exam
 
 KEYS = [key for key, _, _ in COLUMNS]
@@ -42,11 +42,12 @@ def test_the_table_is_mean_and_spread_over_seeds():
     assert cells[6][:4] == ["DMD", "1", "1", "90.0"] and len(cells) == 8
 
 
-def test_every_combination_of_the_three_parts_is_a_kind():
+def test_every_combination_of_the_three_parts_is_a_kind(monkeypatch):
     """Read from what train.py makes of the flags; titles say the same."""
     parts = {}
     for kind, (title, _) in ablation.KINDS.items():
-        cfg, _ = parse_flags(ablation.flags_of(kind, 5, None))
+        monkeypatch.setattr(sys, "argv", ["train.py", *ablation.flags_of(kind, 5, None)])
+        cfg, _ = train.arguments()
         assert cfg.seed == 5 and not cfg.table
         on = (cfg.ida_decay < 1, cfg.w_isg > 0, cfg.w_gan > 0)
         assert (cfg.student_steps < 4) == (kind in ablation.FEWER)
@@ -56,17 +57,6 @@ def test_every_combination_of_the_three_parts_is_a_kind():
             named = [word in title or title == "all three" for word in ("IDA", "ISG", "disc")]
             assert tuple(named) == on, f"{title}: {on}"
     assert len(parts) == 8
-
-
-def parse_flags(flags: list[str]) -> tuple[Config, object]:
-    parser = Parser()
-    for part, field, off in (
-        ("ida", "ida_decay", 1.0),
-        ("isg", "w_isg", 0.0),
-        ("gan", "w_gan", 0.0),
-    ):
-        parser.add_argument(f"--no-{part}", dest=field, action="store_const", const=off)
-    return parse(parser, flags)
 
 
 def ended(result: tuple[int, str, str], *named: str) -> None:
@@ -139,6 +129,7 @@ def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
     flags = ["--kinds", "dmd", "--seeds", "0", "--steps", "100000", "--out", str(tmp_path)]
     file = Path(ablation.__file__)
     how = {"stderr": subprocess.PIPE, "text": True, "process_group": 0}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # "&" has it ignored
     run = subprocess.Popen([sys.executable, file, *flags], **how)
     log = tmp_path / "dmd-0" / "log.csv"
     for _ in range(600):
@@ -146,7 +137,10 @@ def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
             break
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGINT)
-    _, err = run.communicate(timeout=60)
+    try:
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.terminate()  # were it still there, it would end its runs
     assert run.returncode == 2 and "the same command continues" in err
     assert "stopped by SIGTERM" in (tmp_path / "dmd-0.txt").read_text()
     assert not (tmp_path / "dmd-0" / "exam.json").exists()
