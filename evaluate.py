@@ -344,7 +344,6 @@ def missing(plan: Plan, s: Sampling, rank: int = 0, world: int = 1) -> list[int]
 
 def save(image: Tensor, path: Path, settings: dict) -> None:
     """Renamed when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.png")
     save_png(image, part, settings)
     os.replace(part, path)
@@ -410,6 +409,7 @@ def draw(
             for name in conds[""]
         }
 
+    plan.folder(s).mkdir(parents=True, exist_ok=True)
     settings = settings_of(plan, s)
     how = (net.schedule, s.steps, plan.size, s.who == "student")
     taus = s.taus or sampling_times(plan.teacher, *how)
@@ -440,6 +440,7 @@ def ask_teacher(plan: Plan, exam: Exam, device: torch.device) -> None:
     reference = plan.samplings[0]
     if (reference.steps, plan.seed) != (50, 1):
         return
+    plan.folder(reference).mkdir(parents=True, exist_ok=True)
     settings = settings_of(plan, reference)
     for k in missing(plan, reference):
         save(exam.floor[k], plan.path(reference, k), settings(k))

@@ -95,16 +95,22 @@ def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int
     side_by_side(path, captions, shrunk, scale=1)
 
 
-CURVES = ("dmd", "isg", "fake", "gan disc", "fd", "accuracy clean", "digits colours arrangements")
-
-
-def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None:
-    """Losses, and the short exams of the student (dashed: the teacher's 50 steps)."""
+def pyplot():
+    """matplotlib's, without a screen; imported only where a plot is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+CURVES = ("dmd", "isg", "fake", "gan disc", "fd", "accuracy clean", "digits colours arrangements")
+
+
+def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None:
+    """Losses, and the short exams of the student (dashed: the teacher's 50 steps)."""
+    plt = pyplot()
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), constrained_layout=True)
@@ -139,11 +145,7 @@ def points_and_graphs(
     path: Path, panels: dict[str, tuple[np.ndarray, np.ndarray]], graphs: list[Graph]
 ) -> None:
     """panels: title -> wanted points (grey) and made ones, (N, 2) each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = next(n for n in (5, 4, 7, 3, 2, 1) if len(panels) % n == 0)
     rows = len(panels) // columns
     figure = plt.figure(figsize=(2.6 * columns, 2.6 * rows + 3.4), constrained_layout=True)
@@ -160,7 +162,6 @@ def points_and_graphs(
         axis.set_title(title + lost, fontsize=9)
     draw_graphs(below, graphs)
     save_figure(figure, path)
-    plt.close(figure)
 
 
 def draw_graphs(figure, graphs: list[Graph]) -> None:
@@ -184,15 +185,10 @@ def save_figure(figure, path: Path) -> None:
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
     Image.fromarray(np.ascontiguousarray(pixels)).quantize(128).save(path, optimize=True)
+    pyplot().close(figure)
 
 
 def graphs_alone(path: Path, graphs: list[Graph]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(5.2 * len(graphs), 3.6), constrained_layout=True)
+    figure = pyplot().figure(figsize=(5.2 * len(graphs), 3.6), constrained_layout=True)
     draw_graphs(figure, graphs)
     save_figure(figure, path)
-    plt.close(figure)

@@ -71,6 +71,13 @@ def join(ranks: list[BaseProcess], seconds: float = 120) -> list[int]:
             process.join()
 
 
+def wait_for(pattern: str, out: Path, run: list, seconds: float = 60) -> None:
+    """Until something of that pattern is there, or the run has ended."""
+    deadline = time.time() + seconds
+    while not any(out.glob(pattern)) and run[0].is_alive() and time.time() < deadline:
+        time.sleep(0.002)
+
+
 def finish(function: Callable, world: int, printed: Path, *given) -> None:
     codes = join(launch(function, world, printed, *given))
     assert codes == [0] * len(codes), f"exit codes {codes}\n{printed.read_text()[-3000:]}"

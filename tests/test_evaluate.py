@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -85,19 +86,9 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("--flag", ...) -> exit code (0 if it returned), stdout, stderr."""
-
-    def command(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-        code = 0
-        try:
-            evaluate.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
+def run(command):
+    """run("--flag", ...) -> exit code, stdout, stderr."""
+    return partial(command, evaluate)
 
 
 @pytest.fixture

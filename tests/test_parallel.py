@@ -295,13 +295,6 @@ def assert_near(out: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, students[1][name], atol=1e-6, rtol=0)
 
 
-def wait_for(pattern: str, out: Path, run: list, seconds: float = 60) -> None:
-    """Until something of that pattern is there, or the run has ended."""
-    deadline = time.time() + seconds
-    while not any(out.glob(pattern)) and run[0].is_alive() and time.time() < deadline:
-        time.sleep(0.002)
-
-
 def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path):
     """SIGKILL after a random time, every other time as soon as a checkpoint is being written.
     Weights, Adam's state, every row of the log and the student's file are those of the undisturbed
@@ -312,7 +305,7 @@ def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path
             shutil.rmtree(left_over)  # so that the next one is a new one
         run = ranks.launch(ranks.command, 0, printed, [*LONG, "--out", tmp_path])
         if kill % 2:
-            wait_for("checkpoints/*.part", tmp_path, run)
+            ranks.wait_for("checkpoints/*.part", tmp_path, run)
         time.sleep(draw.uniform(0, 0.1 if kill % 2 else 0.9))
         run[0].kill()
         ranks.join(run)
@@ -337,7 +330,7 @@ def test_a_run_continues_on_another_number_of_ranks(undisturbed, tmp_path):
     printed, flags = tmp_path / "printed.txt", [*SHORT, "--out", tmp_path]
     for world, kind, pattern in ((2, "fsdp", "step-00000002"), (0, "auto", "step-00000004")):
         run = ranks.launch(ranks.command, world, printed, [*flags, "--shard", kind])
-        wait_for(f"checkpoints/{pattern}", tmp_path, run)
+        ranks.wait_for(f"checkpoints/{pattern}", tmp_path, run)
         done = len(losses(tmp_path))
         for process in run:
             os.kill(process.pid, signal.SIGTERM)

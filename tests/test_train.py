@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -262,9 +261,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
 def test_sigterm_saves_and_stops(undisturbed, tmp_path):
     out, printed = tmp_path / "stopped", tmp_path / "printed.txt"
     run = ranks.launch(ranks.command, 0, printed, [*FLAGS, out])
-    deadline = time.time() + 60
-    while not list(out.glob("checkpoints/step-????????")) and time.time() < deadline:
-        time.sleep(0.02)
+    ranks.wait_for("checkpoints/step-????????", out, run)
     os.kill(run[0].pid, signal.SIGTERM)
     assert ranks.join(run) == [0] and "stopped by SIGTERM" in printed.read_text()
     assert not (out / "student.safetensors").exists(), "it was to be interrupted"
