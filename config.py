@@ -1,13 +1,17 @@
-"""Choices: one flat dataclass, one dict of teachers, and the flags made from them.
+"""Choices: one flat dataclass, and the flags made from it.
 
-A run is `TEACHERS[name]`, then what STUDENT_STEPS says for another number of student steps, then
-the flags. Differences between teachers are data, never code. Imports nothing of ours.
+    Config    every choice of a run
+    resolve   a teacher's preset, what its number of student steps changes, then the flags
+    parse     a flag for each field
+    check     refuses what cannot be
+
+Presets are in teachers/, each with its teacher. Imports nothing of ours.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -90,122 +94,6 @@ HOUSEKEEPING = (
 )
 SHARED_OUT = ("batch", "accumulate", "shard")  # ranks may change, the samples of an iteration not
 
-TEACHERS = {
-    "digits": Config(
-        teacher="digits",
-        size=(16, 16),
-        data="",
-        workers=0,
-        bf16=False,
-        recompute=False,
-        shift=2.0,
-        ema=0.98,
-        guidance=2.0,
-        guidance_dmd=(1.3, 2.7),
-        guidance_isg=(2.0, 2.0),
-        t_fake="uniform",
-        w_isg=5.0,
-        w_gan=0.15,
-        steps=750,
-        batch=32,
-        lr=1.5e-4,
-        lr_fake=1.2e-3,
-        lr_disc=5e-4,
-        lr_warmup=50,
-        lr_start=0.0,
-        lr_final=0.1,
-    ),
-    "flux-dev": Config(
-        teacher="flux-dev",
-        taus=(1.0, 0.904, 0.759, 0.512),
-        guidance=3.5,
-        guidance_dmd=(1.0, 8.0),
-        guidance_isg=(1.0, 8.0),
-        t_dmd="logit-normal",
-        t_fake="logit-normal",
-        w_isg=1.0,
-        isg_margin=0.02,
-        w_gan=2.0,
-        steps=10_000,
-        batch=1,
-        lr=1e-5,
-        lr_fake=1e-5,
-        lr_disc=1e-5,
-        lr_warmup=500,
-        lr_start=0.5,
-    ),
-    "sd35-large": Config(
-        teacher="sd35-large",
-        shift=3.0,
-        guidance=3.5,
-        guidance_dmd=(3.0, 10.0),
-        guidance_isg=(5.0, 5.0),
-        w_isg=1.0,
-        isg_margin=0.05,
-        w_gan=0.1,
-        steps=10_000,
-        batch=1,
-        lr=1e-6,
-        lr_fake=1e-6,
-        lr_disc=1e-6,
-    ),
-    "sd35-medium": Config(
-        teacher="sd35-medium",
-        shift=3.0,
-        ttur=10,
-        ida_decay=0.98,
-        guidance=4.5,
-        guidance_dmd=(2.0, 8.0),
-        guidance_isg=(2.0, 4.0),
-        w_isg=0.5,
-        isg_margin=0.05,
-        w_gan=0.1,
-        steps=10_000,
-        batch=1,
-        lr=1e-6,
-        lr_fake=1e-6,
-        lr_disc=1e-6,
-    ),
-    "sdxl": Config(
-        teacher="sdxl",
-        guidance=5.0,
-        guidance_dmd=(8.0, 8.0),
-        guidance_isg=(3.0, 15.0),
-        t_fake="uniform",
-        ida_decay=1.0,
-        w_isg=0.2,
-        isg_margin=0.02,
-        w_gan=0.5,
-        steps=10_000,
-        batch=1,
-        lr=1e-6,
-        lr_fake=1e-6,
-        lr_disc=1e-6,
-    ),
-    "sd15": Config(
-        teacher="sd15",
-        size=(512, 512),
-        guidance=7.5,
-        guidance_dmd=(1.75, 1.75),
-        guidance_isg=(1.75, 1.75),
-        t_fake="uniform",
-        ida_decay=1.0,
-        w_isg=0.0,
-        w_gan=0.0,
-        steps=10_000,
-        batch=1,
-        lr=1e-6,
-        lr_fake=1e-6,
-        lr_disc=1e-6,
-    ),
-}
-# Few-step models themselves: sample.py draws with them.
-ONLY_SAMPLED = {"flux-schnell": Config(teacher="flux-schnell", guidance=0.0)}
-
-# What else changes when the student has another number of steps than its teacher's preset.
-FEWER = {"lr_fake": 5e-4, "guidance_dmd": (1.5, 3.5), "w_isg": 0.3, "w_gan": 0.0, "steps": 600}
-STUDENT_STEPS: dict[tuple[str, int], dict] = {("digits", 2): FEWER, ("digits", 1): FEWER}
-
 
 class Parser(argparse.ArgumentParser):
     """Errors on one line, exit code 2."""
@@ -221,9 +109,14 @@ def refuse(error: Exception | str) -> NoReturn:
 
 
 def parse(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    configure: Callable[..., Config],
+    arguments: Sequence[str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
-    """Adds a flag per field of Config; returns the resolved configuration, and all arguments."""
+    """Adds a flag per field of Config; returns the resolved configuration, and all arguments.
+
+    configure: the flags that are given -> the configuration; `teachers.configure`.
+    """
     comments = field_comments()
     for field in dataclasses.fields(Config):
         name, kind = flag(field.name), field.type
@@ -249,21 +142,19 @@ def parse(
     flags = {
         name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
     }
-    return resolve(**flags), given
+    return configure(**flags), given
 
 
-def resolve(teacher: str = "digits", **flags) -> Config:
+def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Config:
     """Preset, then what the number of student steps asks for, then the flags.
 
-    Raises ValueError on a value that cannot be.
+    fewer: per number of student steps what else changes; name: of the default folder. Raises
+    ValueError on a value that cannot be.
     """
-    if teacher not in TEACHERS:
-        raise ValueError(f'unknown teacher "{teacher}"; choose from {", ".join(TEACHERS)}')
-    preset = TEACHERS[teacher]
     steps = flags.get("student_steps", preset.student_steps)
-    cfg = dataclasses.replace(preset, **STUDENT_STEPS.get((teacher, steps), {}))
+    cfg = dataclasses.replace(preset, **fewer.get(steps, {}))
     cfg = dataclasses.replace(cfg, **flags)
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{teacher}")
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}")
     check(cfg)
     return cfg
 

@@ -204,8 +204,10 @@ def gan_loss(
     leaves = [x.detach().requires_grad_() for x in made]
     loss = -(weight[:, None] * disc(leaves, condition)).mean()
     grads = torch.autograd.grad(loss, leaves)
-    carry = [((x - x.detach()) * g).sum() for x, g in zip(made, grads, strict=True)]  # zeros
-    return loss.detach() + sum(carry)
+    # The loss as a number, plus a surrogate of value zero: its gradient in `made` is `grads`, and a
+    # backward pass never meets the heads, whose own gradients would be exchanged between shards.
+    surrogate = sum((x * g).sum() for x, g in zip(made, grads, strict=True))
+    return loss.detach() + (surrogate - surrogate.detach())
 
 
 def disc_loss(

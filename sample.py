@@ -21,27 +21,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import ONLY_SAMPLED, TEACHERS, Config, Parser, refuse
-from images import read_text
-from pictures import save_png
+from config import Parser, refuse
+from dataset.images import read_text
+from engine.pictures import save_png
+from nets.files import Files
+from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import (
-    DTYPES,
-    Files,
-    check_size,
+    Teacher,
     encode_all,
-    latent_shape,
-    load_student,
-    load_teacher,
-    load_text,
-    load_vae,
-    locate,
+    find,
+    names,
     read_student,
-    sampling_times,
-    uses_null,
+    student_taus,
+    teacher_of,
+    times_of,
 )
-
-PRESETS = TEACHERS | ONLY_SAMPLED
 
 
 def arguments() -> argparse.Namespace:
@@ -50,9 +45,10 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
-    which.add_argument("--teacher", choices=PRESETS, help="a teacher itself")
+    parser.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
+    known = ", ".join(names(trained=False))
+    teacher = f"a teacher itself: {known}, or mine.py (which beside --checkpoint names its teacher)"
+    parser.add_argument("--teacher", help=teacher)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to draw")
     what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
@@ -80,29 +76,31 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def decide(given: argparse.Namespace) -> tuple[dict, Config]:
-    """The settings that images are made with and carry, and the teacher's preset."""
-    about = read_student(given.checkpoint) if given.checkpoint else {"teacher": given.teacher}
-    preset = PRESETS[about["teacher"]]
-    small = about["teacher"] == "digits"
+def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
+    """The settings that images are made with and carry, and whose they are. ValueError."""
+    if not (given.checkpoint or given.teacher):
+        raise ValueError("one of --checkpoint and --teacher is needed: who shall draw?")
+    about = read_student(given.checkpoint) if given.checkpoint else {}
+    family = teacher_of(given.checkpoint, given.teacher) if about else find(given.teacher)
+    preset = family.preset
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
-    settings = {"teacher": about["teacher"], "size": size}
+    settings = {"teacher": family.name, "size": size}
     if given.checkpoint:
         steps, sampler, guidance = int(about["steps"]), about["sampler"], given.guidance
         settings["checkpoint"] = given.checkpoint.name
     else:
-        steps, sampler = (preset.student_steps if given.teacher in ONLY_SAMPLED else 50), "euler"
+        steps, sampler = (preset.student_steps if family.only_sampled else 50), "euler"
         guidance = preset.guidance if given.guidance is None else given.guidance
-    own = json.loads(about["taus"]) if given.steps in (None, steps) and given.checkpoint else None
+    own = student_taus(about) if given.steps in (None, steps) and about else None
     settings |= {"steps": given.steps or steps, "taus": own}
     settings |= {"sampler": given.sampler or sampler, "guidance": guidance}
-    given.batch = given.batch or (64 if small else 1)
-    given.scale = given.scale or (8 if small else 1)
+    given.batch = given.batch or family.sampled_at_once
+    given.scale = given.scale or family.enlarged
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
-    if given.teacher in ONLY_SAMPLED and given.guidance:
-        raise ValueError(f"--guidance {given.guidance:g}: {given.teacher} takes none")
-    check_size(about["teacher"], size)
-    return settings, preset
+    if family.guided_by == "none" and given.guidance:
+        raise ValueError(f"--guidance {given.guidance:g}: {family.name} takes none")
+    family.check_size(size)
+    return settings, family
 
 
 def stack(conds: list[Cond], device: torch.device) -> Cond:
@@ -110,17 +108,20 @@ def stack(conds: list[Cond], device: torch.device) -> Cond:
 
 
 def load(
-    given: argparse.Namespace, settings: dict, preset: Config, files: Files, device: torch.device
+    given: argparse.Namespace,
+    settings: dict,
+    family: Teacher,
+    files: Files,
+    device: torch.device,
 ) -> nn.Module:
     """The denoiser; its sampling times go into the settings, where they are not a student's own."""
-    how = (DTYPES[settings["dtype"]], device)
+    path, shift = files.get("denoiser"), family.preset.shift
     if given.checkpoint:
-        net, _ = load_student(given.checkpoint, *how)
-    else:
-        net = load_teacher(given.teacher, preset.shift, files, *how)
+        path, shift = given.checkpoint, float(read_student(given.checkpoint)["shift"])
+    net = family.load(shift, path, DTYPES[settings["dtype"]], device)
     if settings["taus"] is None:
-        shape = (net.schedule, settings["steps"], settings["size"])
-        settings["taus"] = sampling_times(settings["teacher"], *shape, bool(given.checkpoint))
+        asked = (settings["steps"], settings["size"], bool(given.checkpoint))
+        settings["taus"] = times_of(family, net.schedule, *asked)
     return net.requires_grad_(False).eval()
 
 
@@ -150,26 +151,26 @@ def main() -> None:
         for name in ("steps", "batch", "scale"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ValueError(f"--{name} is {getattr(given, name)}; it must be at least 1")
-        settings, preset = decide(given)
+        settings, family = resolve_settings(given)
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
-        teacher, size, dtype = settings["teacher"], settings["size"], DTYPES[settings["dtype"]]
-        files = locate(teacher, given.weights, not given.checkpoint, t5=not given.no_t5)
-        text = load_text(teacher, files, dtype, device)
+        size, dtype = settings["size"], DTYPES[settings["dtype"]]
+        files = family.locate(given.weights, not given.checkpoint, t5=not given.no_t5)
+        text = family.load_text(files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]
         conds = encode_all(text, prompts, given.batch, device, size)
         del text  # tens of gigabytes for the large teachers
-        net = load(given, settings, preset, files, device)
-        vae = load_vae(teacher, files, dtype, device)
+        net = load(given, settings, family, files, device)
+        vae = family.load_vae(files, dtype, device)
     except (ValueError, OSError) as error:
         refuse(error)
     bar = tqdm(total=len(jobs), desc="images")
     for start in range(0, len(jobs), given.batch):
         part = jobs[start : start + given.batch]
         draws = [generator("sample", seed) for _, seed in part]
-        eps = normal(torch.empty(len(part), *latent_shape(teacher, size), device=device), draws)
+        eps = normal(torch.empty(len(part), *family.latent_shape(size), device=device), draws)
         cond = stack([conds[prompt] for prompt, _ in part], device)
-        uncond = stack([conds[given.negative]] * len(part), device) if uses_null(teacher) else None
+        uncond = stack([conds[given.negative]] * len(part), device) if family.uses_null else None
         how = (settings["taus"], settings["sampler"], uncond, settings["guidance"] or None)
         with torch.no_grad():
             images = vae.decode(draw_samples(net, eps, cond, *how, draws))

@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from config import Parser, refuse
 from dmd import dmd_loss, fake_loss, student_input
+from engine.pictures import Graph, points_and_graphs
 from ida import ida_update
 from isg import distance_l2, isg_loss
-from pictures import Graph, points_and_graphs
 from schedule import DDPM, Flow, Rng, draw_samples, generator, grid, sample_ode
 
 # --- targets -------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
 """Where the official files are: in a folder, in the hub's cache, or on the hub.
 
-OFFICIAL      per teacher and part: the repository, its files, and other names they go by
-SHARED        parts that all teachers' training has in common: the discriminator's frozen networks
-NOT_WEIGHTS   per teacher what else is in its file, which no network wants
-find_files    the paths of the parts asked for, or one error for all that is missing
+    Part         a network or a tokenizer: its repository, its files, and other names they go by
+    SHARED       parts that all teachers' training has in common: the discriminator's networks
+    find_files   the paths of the parts asked for, or one error for all that is missing
+
+Each teacher has the table of its own parts in teachers/. huggingface_hub is imported when the hub
+is asked.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+Files = dict[str, list[Path]]  # per part, in the order of its table
 
 
 @dataclass(frozen=True)
@@ -25,106 +26,11 @@ class Part:
     folder: str = ""  # `files` are below this one of a folder: repositories share names
 
 
-# --- the table -----------------------------------------------------------------------------------
-
-
-def flux(repo: str, transformer: str) -> dict[str, Part]:
-    return {
-        "denoiser": Part(repo, (transformer,)),
-        "vae": Part(repo, ("ae.safetensors",)),
-        "clip_l": Part(repo, ("text_encoder/model.safetensors",), (("clip_l.safetensors",),)),
-        "t5": Part(
-            repo,
-            (
-                "text_encoder_2/model-00001-of-00002.safetensors",
-                "text_encoder_2/model-00002-of-00002.safetensors",
-            ),
-            (("t5xxl_fp16.safetensors",),),
-        ),
-        "clip_l_tokenizer": Part(
-            repo, ("tokenizer/vocab.json", "tokenizer/merges.txt"), (("vocab.json", "merges.txt"),)
-        ),
-        "t5_tokenizer": Part(repo, ("tokenizer_2/tokenizer.json",), (("tokenizer.json",),)),
-    }
-
+# --- the table of what teachers share ------------------------------------------------------------
 
 # Stability's files hold both, under these prefixes.
 COMBINED = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}
 
-
-def single_file(repo: str, file: str, encoders: dict[str, str]) -> dict[str, Part]:
-    """UNet, autoencoder and text encoders (part: prefix) in one file, tokenizers beside it."""
-    prefixes = {**COMBINED, **encoders}
-    parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in prefixes.items()}
-    loose = (("vocab.json", "merges.txt"),)  # CLIP's encoders share one vocabulary
-    for name, folder in zip(encoders, ("tokenizer", "tokenizer_2"), strict=False):
-        files = (f"{folder}/vocab.json", f"{folder}/merges.txt")
-        parts[f"{name}_tokenizer"] = Part(repo, files, loose)
-    return parts
-
-
-def sd35(repo: str, file: str) -> dict[str, Part]:
-    """Transformer and autoencoder in one file, text encoders and tokenizers beside it.
-
-    Whoever runs it without T5 does not ask for `t5` and `t5_tokenizer`.
-    """
-    parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in COMBINED.items()}
-    clip, t5 = ("vocab.json", "merges.txt"), ("tokenizer.json",)  # the CLIPs' are the same
-    for name, encoder, folder, words in (
-        ("clip_l", "clip_l.safetensors", "tokenizer", clip),
-        ("clip_g", "clip_g.safetensors", "tokenizer_2", clip),
-        ("t5", "t5xxl_fp16.safetensors", "tokenizer_3", t5),
-    ):
-        files = tuple(f"{folder}/{file}" for file in words)
-        parts[name] = Part(repo, (f"text_encoders/{encoder}",), ((encoder,),))
-        parts[f"{name}_tokenizer"] = Part(repo, files, (words,))
-    return parts
-
-
-OFFICIAL = {
-    "flux-dev": flux("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
-    "flux-schnell": flux("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors"),
-    "sd35-large": sd35("stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors"),
-    "sd35-medium": sd35("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors"),
-    "sdxl": single_file(
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "sd_xl_base_1.0.safetensors",
-        {
-            "clip_l": "conditioner.embedders.0.transformer.",
-            "clip_g": "conditioner.embedders.1.model.",
-        },
-    ),
-    "sd15": single_file(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "v1-5-pruned-emaonly.safetensors",
-        {"clip_l": "cond_stage_model.transformer."},
-    ),
-}
-
-NOT_WEIGHTS = {
-    "sdxl": (
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
-        "conditioner.embedders.1.model.logit_scale",
-    ),
-    "sd15": (
-        "cond_stage_model.transformer.text_model.embeddings.position_ids",
-        "model_ema.decay",
-        "model_ema.num_updates",
-        # the schedule, which is a formula
-        "alphas_cumprod",
-        "alphas_cumprod_prev",
-        "betas",
-        "log_one_minus_alphas_cumprod",
-        "posterior_log_variance_clipped",
-        "posterior_mean_coef1",
-        "posterior_mean_coef2",
-        "posterior_variance",
-        "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod",
-    ),
-}
 
 TIMM = "vit_large_patch14_dinov2.lvd142m"  # DINOv2 under timm's names
 CLIP = "clip-vit-large-patch14"
@@ -150,15 +56,12 @@ SHARED = {
 # --- finding -------------------------------------------------------------------------------------
 
 
-def find_files(
-    teacher: str, parts: Iterable[str], weights: Path | None = None
-) -> dict[str, list[Path]]:
+def find_files(wanted: Mapping[str, Part], weights: Path | None = None) -> Files:
     """Per part its files, in the table's order.
 
     weights: a folder, and then nothing is looked for elsewhere; None: the hub's cache, and what is
     not there is downloaded. Raises FileNotFoundError, or PermissionError for a gated repository.
     """
-    wanted = {name: (SHARED | OFFICIAL[teacher])[name] for name in parts}
     if weights is None:
         return from_hub(wanted)
     if not weights.is_dir():
@@ -205,11 +108,16 @@ def fetch(files: Iterable[tuple[Part, str]], folder: Path | str) -> str:
 
 
 def cached(repo: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
     return isinstance(try_to_load_from_cache(repo, file), str)  # else None, or "known not to exist"
 
 
-def from_hub(wanted: dict[str, Part]) -> dict[str, list[Path]]:
+def from_hub(wanted: Mapping[str, Part]) -> Files:
     """Out of the cache where all is there, without a connection; else downloaded into it."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
+
     every = [(part, file) for part in wanted.values() for file in part.files]
     for part, file in every:
         if cached(part.repo, file):
@@ -242,6 +150,8 @@ def explain(error: Exception, repo: str, missing: list[tuple[Part, str]]) -> OSE
 
 def no_access(error: Exception | None) -> bool:
     """The hub answered 401 or 403 (its own wording may be the cause of another error)."""
+    from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
+
     if isinstance(error, RepositoryNotFoundError):  # also what it calls a gated one
         return True
     if isinstance(error, HfHubHTTPError):

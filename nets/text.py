@@ -1,6 +1,5 @@
 """Text: prompts to token ids to the `cond` dict a denoiser takes.
 
-    SceneText       the embedded task: five word slots, each a one-hot vector (no weights)
     clip_tokenizer  from the official vocab.json and merges.txt
     t5_tokenizer    from the official tokenizer.json
     T5              the encoder of T5 v1.1, with the Hugging Face tensor names
@@ -9,9 +8,7 @@
     SDXLText        SDXL: both CLIPs' states of every token, CLIP-G's one vector, sizes
     SD15Text        SD 1.5: CLIP-L's state of every token
 
-A caption of the embedded task is `a [colour] (digit | "digit") (left of | above | and) a [colour]
-(digit | "digit")`. The tokenizer turns it into five ids (colour, digit, relation, colour, digit); a
-colour left out is the pad token, and the null caption is five pads.
+All are called as `text(captions, device, sizes)`; SDXL alone is told the images' sizes.
 
 B batch, T tokens, D width, N heads. No encoder is told which tokens are padding: the denoisers were
 trained on text that attends to it.
@@ -30,101 +27,8 @@ from torch import Tensor, nn
 from nets.clip import CLIP, CLIP_LENGTH
 from nets.layers import per_head, time_embedding
 
-# --- the embedded task ---------------------------------------------------------------------------
-
-PAD = "[pad]"
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ANY_DIGIT = "digit"
-RELATIONS = ("left", "above", "and")
-VOCABULARY = (PAD, *COLOURS, *DIGITS, ANY_DIGIT, *RELATIONS)
-WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
-SLOTS = ((PAD, *COLOURS), (*DIGITS, ANY_DIGIT), RELATIONS, (PAD, *COLOURS), (*DIGITS, ANY_DIGIT))
-GRAMMAR = "a [colour] (digit word | digit) (left of | above | and) a [colour] (digit word | digit)"
-ARTICLE = r"\b(a|an)\s+"
-
-
-def attributes(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids (B, 5) -> colours (B, 2), -1 where open, and digits (B, 2), 10 where open."""
-    return ids[:, [0, 3]] - WORD_ID[COLOURS[0]], ids[:, [1, 4]] - WORD_ID[DIGITS[0]]
-
-
-def scene_tokenizer() -> Tokenizer:
-    """Word level; an article straight before a digit becomes the pad token, an open colour."""
-    tokenizer = Tokenizer(models.WordLevel(WORD_ID, unk_token=PAD))
-    digit = "|".join((*DIGITS, ANY_DIGIT))
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(rf"{ARTICLE}(?=({digit})\b)"), f"{PAD} "),
-            normalizers.Replace(Regex(ARTICLE), ""),
-            normalizers.Replace(Regex(r"\bleft\s+of\b"), "left"),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
-
-
-class SceneText(nn.Module):
-    """Captions as one-hot vectors, in place of text encoders. It has no weights.
-
-    context (B, 5, words + 5): each slot's word and its place; pooled (B, 5 words): the same words,
-    flat.
-    """
-
-    context_width = len(VOCABULARY) + len(SLOTS)
-    pooled_width = len(VOCABULARY) * len(SLOTS)
-
-    def __init__(self):
-        super().__init__()
-        self.tokenizer = scene_tokenizer()
-        self.allowed = [{WORD_ID[word] for word in words} for words in SLOTS]
-
-    def tokens(self, captions: list[str]) -> Tensor:
-        """(B, 5) ids.
-
-        An empty caption is the null caption. Raises ValueError that names what is not understood.
-        """
-        return torch.tensor([self._ids(caption) for caption in captions])
-
-    def _ids(self, caption: str) -> list[int]:
-        if not caption.strip():
-            return [WORD_ID[PAD]] * len(SLOTS)
-        normal = self.tokenizer.normalizer.normalize_str(caption)
-        unknown = [word for word in normal.split() if word not in WORD_ID]
-        if unknown:
-            known = ", ".join((*COLOURS, *DIGITS, ANY_DIGIT, "left of", "above", "and"))
-            names = ", ".join(f'"{word}"' for word in unknown)
-            raise ValueError(
-                f'unknown word {names} in the prompt "{caption}"; the vocabulary is: a, an, {known}'
-            )
-        ids = self.tokenizer.encode(caption).ids
-        if len(ids) != len(SLOTS) or any(
-            i not in ok for i, ok in zip(ids, self.allowed, strict=True)
-        ):
-            raise ValueError(f'the prompt "{caption}" is not of the form: {GRAMMAR}')
-        return ids
-
-    def encode(self, ids: Tensor) -> dict[str, Tensor]:
-        """Token ids (B, 5) -> cond."""
-        words = F.one_hot(ids, len(VOCABULARY)).float()  # (B, 5, words)
-        places = torch.eye(len(SLOTS), device=ids.device).expand(len(ids), -1, -1)  # (B, 5, 5)
-        return {"context": torch.cat([words, places], dim=-1), "pooled": words.flatten(1)}
-
-    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        return self.encode(self.tokens(captions).to(device))
-
-    def embedding(self, captions: list[str], device: torch.device | str = "cpu") -> Tensor:
-        """What the discriminator reads: the words (B, 5 words), L2-normalised.
-
-        For the large teachers that is CLIP's text embedding.
-        """
-        return F.normalize(self(captions, device)["pooled"], dim=-1)
-
-
 # --- tokenizers ----------------------------------------------------------------------------------
 
-T5_LENGTH = {"flux-dev": 512, "flux-schnell": 256, "sd35-large": 256, "sd35-medium": 256}
 T5_END = 1  # the id of </s>
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = (
@@ -331,7 +235,9 @@ class FluxText(nn.Module):
         return {"context": self.t5(t5_ids), "pooled": self.clip(clip_ids)[2]}
 
     @torch.no_grad()  # the encoders are never trained
-    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def forward(
+        self, captions: list[str], device: torch.device | str = "cpu", sizes=None
+    ) -> dict[str, Tensor]:
         return self.encode(*(ids.to(device) for ids in self.tokens(captions)))
 
 
@@ -355,7 +261,7 @@ class SD35Text(nn.Module):
         tokenizer_g: Tokenizer,
         t5: T5 | None = None,
         t5_tokenizer: Tokenizer | None = None,
-        blank: tuple[int, int] = (T5_LENGTH["sd35-large"], T5_XXL.width),
+        blank: tuple[int, int] = (256, T5_XXL.width),
     ):
         """tokenizer_g fills up with 0; blank: tokens and width of a T5 that is not there."""
         super().__init__()
@@ -384,7 +290,9 @@ class SD35Text(nn.Module):
         return {"context": torch.cat([words, pieces], dim=1), "pooled": pooled}
 
     @torch.no_grad()  # the encoders are never trained
-    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def forward(
+        self, captions: list[str], device: torch.device | str = "cpu", sizes=None
+    ) -> dict[str, Tensor]:
         return self.encode(*(ids.to(device) for ids in self.tokens(captions)))
 
 
@@ -466,5 +374,7 @@ class SD15Text(nn.Module):
         return {"context": self.clip(ids)[0]}
 
     @torch.no_grad()  # the encoder is never trained
-    def forward(self, captions: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def forward(
+        self, captions: list[str], device: torch.device | str = "cpu", sizes=None
+    ) -> dict[str, Tensor]:
         return self.encode(self.tokens(captions).to(device))

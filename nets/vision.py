@@ -3,7 +3,6 @@
 ViT         DINOv2's vision transformer (timm names), the frozen backbone of the discriminator
 CLIPVision  CLIP's tower that reads images: OpenAI's ViT-L/14, open_clip's ViT-H/14 and ViT-g/14
 CLIPText    the one that reads captions; L/14's is what the discriminator is told of them
-Judge       the embedded task's evaluator: which digits and colours, how placed, how much ghost
 
 B batch, L tokens, D width, N heads.
 """
@@ -29,9 +28,7 @@ from nets.clip import (
     quick_gelu,
 )
 from nets.text import clip_tokenizer, token_ids
-from nets.weights import load_weights, places, read_metadata
-
-ASSETS = Path(__file__).parent.parent / "assets"
+from nets.weights import load_weights, places
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -67,8 +64,6 @@ DINOV2_LARGE = ViTConfig(
     hooks=(2, 5, 8, 10, 14, 19, 23),
     recompute=True,
 )
-DIGITS_VIT = ViTConfig(patch=2, width=64, depth=4, heads=4, grid=8, hooks=(1, 3))
-
 POSITIONS = ("senseflow", "hf", "facebook", "timm")  # who does it so; the first is the paper's code
 
 
@@ -378,59 +373,3 @@ def load_clip_text(
         clip = CLIP(cfg)
     text = load_tower(clip, path, TEXT_TOWER, VISION_NAMES, dtype, device)
     return CLIPText(text, tokenizer)
-
-
-# --- the embedded task's evaluator ----------------------------------------------------------------
-
-
-@dataclass
-class Verdict:
-    """What the judge sees in B scenes, by place: the left or upper object first."""
-
-    axis: Tensor  # (B,) 0 side by side, 1 stacked
-    digits: Tensor  # (B, 2)
-    colours: Tensor  # (B, 2)
-    ghost: Tensor  # (B,) how much of another scene shines through, 0 to .5
-    features: Tensor  # (B, 96) for the Frechet distance and recall
-
-
-class Judge(nn.Module):
-    """A small CNN on (B, 3, 16, 16) images in [-1, 1]."""
-
-    def __init__(self, width: int = 96, hidden: int = 64):
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(3, width // 2, 3, padding=1), nn.GroupNorm(6, width // 2), nn.GELU()),
-            *(nn.Conv2d(width // 2, width, 3, 2, padding=1), nn.GroupNorm(8, width), nn.GELU()),
-            *(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU()),
-            *(nn.Conv2d(width, width, 3, 2, padding=1), nn.GroupNorm(8, width), nn.GELU()),
-        )
-        self.head = nn.Sequential(
-            *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(16 * width, hidden), nn.GELU()),
-            nn.Linear(hidden, 2 + 2 * 10 + 2 * 6 + 1),
-        )
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Logits of axis (B, 2), digits (B, 2, 10), colours (B, 2, 6); ghost (B,); features.
-
-        The features (B, 96) are ten times the last maps averaged over space, as in the FID.
-        """
-        maps = self.body(image)
-        axis, digits, colours, ghost = self.head(maps).split([2, 20, 12, 1], dim=-1)
-        digits, colours = digits.unflatten(-1, (2, 10)), colours.unflatten(-1, (2, 6))
-        return axis, digits, colours, ghost[:, 0], 10 * maps.mean((2, 3))
-
-    @torch.no_grad()
-    def judge(self, images: Tensor, batch: int = 512) -> Verdict:
-        parts = [self(part) for part in images.split(batch)]
-        axis, digits, colours, ghost, features = (
-            torch.cat(part) for part in zip(*parts, strict=True)
-        )
-        return Verdict(axis.argmax(-1), digits.argmax(-1), colours.argmax(-1), ghost, features)
-
-
-def load_judge() -> tuple[Judge, float]:
-    """The evaluator, and the ghost that 95% of real scenes stay under."""
-    path = ASSETS / "judge.safetensors"
-    judge = load_weights(Judge(), path).requires_grad_(False).eval()
-    return judge, float(read_metadata(path)["ghost_limit"])

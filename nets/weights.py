@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 MAPPED = 2**23  # bytes read through one mapping
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # as flags name them
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from model import FluxConfig, MMDiTConfig
-from nets.clip import CLIP, to_open_clip
-from nets.files import OFFICIAL, SHARED
+from nets.clip import CLIP, CLIP_G, CLIP_L, to_open_clip
+from nets.files import SHARED
 from nets.text import T5, T5Config
 from nets.unet import UNETS
 from nets.vae import VAE, VAES
@@ -23,7 +23,7 @@ from nets.vision import (
     ViT,
     hf_names,
 )
-from teachers import CLIP_G, CLIP_L, NETWORKS, Networks, build
+from teachers import Networks, find
 
 WORDS = 514  # single bytes, single bytes that end a word, two special tokens
 SMALL_L = replace(CLIP_L, width=12, depth=2, heads=2, hidden=24, vocabulary=WORDS)
@@ -54,7 +54,7 @@ def sd35(dual_blocks: int) -> Networks:
 
 
 UNET = {"multipliers": (1, 2), "width": 6, "blocks": 1, "groups": 3, "middle": 1}
-SMALL = {
+SIZES = {
     "flux-dev": flux(guidance=True),
     "flux-schnell": flux(guidance=False),
     "sd35-large": sd35(dual_blocks=0),
@@ -79,11 +79,16 @@ SMALL = {
 }
 
 
+SMALL = {name: find(name).resized(sizes) for name, sizes in SIZES.items()}
+OFFICIAL = {name: find(name).parts() for name in SIZES}  # files by part
+
+
 def make_official(teacher: str, folder: Path) -> None:
-    """A folder as --weights takes it, random weights; NETWORKS must hold the small sizes."""
-    nets, parts = NETWORKS[teacher], OFFICIAL[teacher] | SHARED
+    """A folder as --weights takes it, random weights."""
+    family = SMALL[teacher]
+    nets, parts = family.sizes, family.parts() | SHARED
     torch.manual_seed(1)
-    made = {"denoiser": build(teacher, 1.0), "vae": VAE(nets.vae), "clip_l": CLIP(nets.clip_l)}
+    made = {"denoiser": family.build(1.0), "vae": VAE(nets.vae), "clip_l": CLIP(nets.clip_l)}
     made |= {"clip_g": CLIP(nets.clip_g)} if nets.clip_g else {}
     made |= {"t5": T5(nets.t5)} if nets.t5 else {}
     tensors = {name: net.state_dict() for name, net in made.items()}
@@ -103,6 +108,12 @@ def make_official(teacher: str, folder: Path) -> None:
     for name, part in parts.items():
         for file in part.files if name.endswith("tokenizer") else ():
             write_tokenizer(folder / part.folder / file)
+
+
+def embedded(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The embedded teacher."""
+    family = find("digits")
+    return family.load(family.preset.shift, family.locate()["denoiser"], dtype)
 
 
 def in_hf_names(vit: ViT) -> dict[str, torch.Tensor]:

@@ -15,10 +15,9 @@ import pytest
 import torch
 from conftest import refused
 
-import ablation
-import exam
 import train
-from exam import COLUMNS, Exam
+from digits import ablation, exam
+from digits.exam import COLUMNS, Exam
 
 KEYS = [key for key, _, _ in COLUMNS]
 

@@ -9,26 +9,24 @@ import torch
 from conftest import refused
 from small import SMALL
 
-import bench
-import plan
 import teachers
-from config import resolve
-from teachers import NETWORKS, build
+from engine import bench, plan
+from teachers import FOUND, configure, find
 
 CPU = torch.device("cpu")
 
 
 def tiny(teacher="flux-dev", **flags):
     """Of that teacher; recomputation and bf16 as in its preset."""
-    cfg = resolve(teacher, size=(48, 32), batch=2, lr_warmup=0, p_backward=0.0, **flags)
+    cfg = configure(teacher, size=(48, 32), batch=2, lr_warmup=0, p_backward=0.0, **flags)
     torch.manual_seed(0)
     return cfg, bench.prepare(cfg, CPU)
 
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    for teacher, networks in SMALL.items():
-        monkeypatch.setitem(teachers.NETWORKS, teacher, networks)
+    for teacher, family in SMALL.items():
+        monkeypatch.setitem(teachers.FOUND, teacher, family)
 
 
 def test_flops_by_part_are_the_plans():
@@ -55,7 +53,7 @@ def test_both_orders_move_student_and_fake_score_alike(kind):
     _, step, how = bench.kinds(cfg)[kind]
     other = copy.copy(made)
     other.nets = copy.deepcopy(made.nets)
-    plan.parallel.recompute(other.nets.fake)
+    plan.ranks.recompute(other.nets.fake)
     other.opts = bench.train.build_learners(other.nets, cfg)
     before = trained(made)
     bench.our_step(step, made, how)
@@ -79,9 +77,9 @@ def test_any_teacher_is_made_narrow_and_shallow(teacher, monkeypatch):
     """Whole heads and groups; depth as asked for; it can be built."""
     monkeypatch.undo()
     for scale, depth in ((0.1, 2), (0.3, 0)):
-        monkeypatch.setitem(NETWORKS, teacher, bench.scaled(NETWORKS[teacher], scale, depth))
+        monkeypatch.setitem(FOUND, teacher, find(teacher).scaled(scale, depth))
         with torch.device("meta"):
-            net = build(teacher, 1.0)
+            net = find(teacher).build(1.0)
         blocks = len(net.blocks())
         assert blocks == 2 or depth == 0 or teacher in ("sdxl", "sd15")
         monkeypatch.undo()

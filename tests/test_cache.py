@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import cache
-from cache import Cache, claim, write_cache
-from images import Pairs
+from dataset import cache
+from dataset.cache import Cache, check_purpose, write_cache
+from dataset.images import Pairs
 
 
 def data(ids):
@@ -75,12 +75,12 @@ def test_changed_data_are_noticed(tmp_path, change):
 
 def test_a_cache_for_something_else_is_refused(tmp_path):
     about = {"teacher": "flux-dev", "size": [1024, 1024]}
-    claim(tmp_path, about)
-    claim(tmp_path, about)
+    check_purpose(tmp_path, about)
+    check_purpose(tmp_path, about)
     with pytest.raises(ValueError, match=r"teacher: flux-dev -> sdxl"):
-        claim(tmp_path, about | {"teacher": "sdxl"})
+        check_purpose(tmp_path, about | {"teacher": "sdxl"})
     assert json.loads((tmp_path / "about.json").read_text()) == about
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        claim(tmp_path, about)
+        check_purpose(tmp_path, about)
     assert not list(Path(tmp_path).glob("*.part"))

@@ -8,18 +8,17 @@ import pytest
 import torch
 from conftest import refused
 from PIL import Image
+from small import embedded
 
-import data
 import evaluate
-import exam
 import sample
-import teachers
 import toy
 import train
-from config import TEACHERS, Config, differences, field_comments, resolve
+from config import Config, differences, field_comments
+from digits import ASSETS
 from nets import vision
 from nets.weights import load_weights, save_weights
-from teachers import build, load_teacher
+from teachers import configure, find, names
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def student(tmp_path_factory):
         "sampler": "x0",
         "taus": "[1.0, 0.5]",
     }
-    save_weights(load_teacher("digits", 2.0), path, torch.float32, about)
+    save_weights(embedded(), path, torch.float32, about)
     return path
 
 
@@ -85,11 +84,9 @@ def test_train_refuses_a_folder_of_another_configuration(command, tmp_path):
 def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, damage):
     """The file is named. (Absent samples of the teacher are not missed: they are drawn.)"""
     copies = tmp_path / "assets"
-    shutil.copytree(vision.ASSETS, copies)
-    for module in (data, exam, vision):
-        monkeypatch.setattr(module, "ASSETS", copies)
-    for part, name_of in (("denoiser", "teacher"), ("dinov2", "backbone")):
-        monkeypatch.setitem(teachers.EMBEDDED, part, [copies / f"{name_of}.safetensors"])
+    shutil.copytree(ASSETS, copies)
+    for module in ("digits.scenes", "digits.judge", "digits.exam", "teachers.digits"):
+        monkeypatch.setattr(f"{module}.ASSETS", copies)
     (broken,) = copies.glob(f"{name}.[ns]*")
     whole = broken.read_bytes()
     broken.unlink()
@@ -110,14 +107,15 @@ def test_every_field_has_a_flag_with_a_help_text(command):
 
 def test_presets_are_sound_and_flags_win():
     """The two-step student has a preset of its own; a flag beats both."""
-    for teacher in TEACHERS:
-        assert resolve(teacher).teacher == teacher
+    for teacher in names():
+        assert configure(teacher).teacher == teacher
     assert (
-        resolve(student_steps=2).w_isg == 0.3 and resolve(student_steps=2, w_isg=0.7).w_isg == 0.7
+        configure(student_steps=2).w_isg == 0.3
+        and configure(student_steps=2, w_isg=0.7).w_isg == 0.7
     )
-    saved = json.loads(json.dumps(vars(resolve())))
-    assert differences(saved, resolve(out="elsewhere", keep=9)) == []
-    assert differences(saved, resolve(seed=1)) == ["seed: 0 -> 1"]
+    saved = json.loads(json.dumps(vars(configure())))
+    assert differences(saved, configure(out="elsewhere", keep=9)) == []
+    assert differences(saved, configure(seed=1)) == ["seed: 0 -> 1"]
 
 
 # --- sample.py -----------------------------------------------------------------------------------
@@ -185,17 +183,17 @@ def test_evaluate_refuses_missing_files(command, student, tmp_path):
 
 def test_weights_must_be_those_of_the_network(tmp_path):
     """Names, shapes and finite values are checked before a tensor is assigned."""
-    net, path = build("digits", 2.0), tmp_path / "w.safetensors"
+    net, path = find("digits").build(2.0), tmp_path / "w.safetensors"
     before = net.pos_embed.clone()
     save_weights(torch.nn.Linear(2, 2), path, torch.float32, {})
     with pytest.raises(ValueError, match=r"another network: .*context_embedder.*unexpected \(bias"):
         load_weights(net, path)
-    other = build("digits", 2.0)
+    other = find("digits").build(2.0)
     other.pos_embed = torch.nn.Parameter(torch.zeros(1, 9, 96))
     save_weights(other, path, torch.float32, {})
     with pytest.raises(ValueError, match="pos_embed has shape"):
         load_weights(net, path)
-    other = build("digits", 2.0)
+    other = find("digits").build(2.0)
     torch.nn.init.constant_(other.context_embedder.bias, float("nan"))
     save_weights(other, path, torch.float32, {})
     with pytest.raises(ValueError, match="context_embedder.bias holds values that are not finite"):
@@ -208,7 +206,7 @@ def test_weights_must_be_those_of_the_network(tmp_path):
 
 def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_path, monkeypatch):
     (tmp_path / "teacher_samples.npz").write_bytes(b"PK not a zip")
-    monkeypatch.setattr(exam, "ASSETS", tmp_path)
+    monkeypatch.setattr("digits.exam.ASSETS", tmp_path)
     refused(command(evaluate, "--student", student), "teacher_samples.npz", "pretrain.py samples")
 
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from data import HELD_OUT, DigitScenes, batch_ids, load_digits
-from exam import read_scene
-from nets.text import VOCABULARY, WORD_ID, SceneText
-from nets.vision import Verdict
+from dataset.ahead import batch_ids
+from digits.exam import read_scene
+from digits.judge import Verdict
+from digits.scenes import HELD_OUT, DigitScenes, load_digits
+from digits.words import VOCABULARY, WORD_ID, SceneText
 
 TEXT = SceneText()
 
@@ -67,7 +68,7 @@ def test_captions_are_true_of_their_scenes():
 
 def test_matching_scenes_fit_their_captions():
     """Read by the judge, which errs on 2 to 3 % of held-out writing; training digits it knows."""
-    from nets.vision import load_judge
+    from digits.judge import load_judge
 
     scenes = DigitScenes(seed=3)
     ids = TEXT.tokens(scenes(range(200)).captions)

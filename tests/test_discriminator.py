@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-import parallel
-from data import DigitScenes
+from digits import ASSETS
+from digits.scenes import DigitScenes
+from digits.words import SceneText
 from discriminator import (
     Block,
     Discriminator,
@@ -22,9 +23,12 @@ from discriminator import (
     gan_loss,
     omega,
 )
-from nets.text import SceneText
-from nets.vision import ASSETS, DIGITS_VIT, ViT, load_vit
+from engine import checkpoint
+from nets.vision import ViT, load_vit
 from schedule import DDPM, Flow
+from teachers import find
+
+DIGITS_VIT = find("digits").backbone()
 
 
 @pytest.fixture
@@ -179,10 +183,10 @@ def test_running_singular_vectors_are_part_of_every_copy(disc, tmp_path):
     state = {name: x.clone() for name, x in disc.heads.state_dict().items()}
     assert sum(name.endswith(".u") for name in state) == 3 * 2 * 7
     twin = copy.deepcopy(disc)
-    parallel.save_checkpoint(tmp_path, 1, {"disc": disc.heads}, {}, {}, keep=1)
+    checkpoint.save_checkpoint(tmp_path, 1, {"disc": disc.heads}, {}, {}, keep=1)
     disc.power_iteration()
     assert not torch.equal(disc.heads[0].image[0].conv.u, twin.heads[0].image[0].conv.u)
-    parallel.load_checkpoint(tmp_path, {"disc": disc.heads}, {})
+    checkpoint.load_checkpoint(tmp_path, {"disc": disc.heads}, {})
     for net in (disc, twin):
         for name, x in net.heads.state_dict().items():
             assert torch.equal(x, state[name]), name

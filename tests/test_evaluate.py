@@ -1,6 +1,7 @@
 """evaluate.py, end to end: with a FLUX.1 of a few thousand weights, whose official files the tests
 write themselves, and with the embedded teacher."""
 
+import copy
 import gc
 import json
 import os
@@ -15,23 +16,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from small import SEER, SMALL, make_official
+from small import SEER, SMALL, embedded, make_official
 from torch import nn
 
 import evaluate
-import judges
 import teachers
-from measures import fit, resize
+from measure import scorers as measures_by
+from measure.distances import fit, resize
 from model import Flux
 from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, to_open_clip
 from nets.text import T5
 from nets.vision import CLIPVision, load_clip_text, load_clip_vision
 from nets.weights import save_weights
 from schedule import Flow
-from teachers import load_denoiser, load_teacher
 
-TINY = SMALL["flux-dev"]
-VIT = replace(TINY.backbone, hooks=(), positions="facebook", recompute=False)
+TINY = copy.copy(SMALL["flux-dev"])
+TINY.t5_tokens = 12
+VIT = replace(TINY.sizes.backbone, hooks=(), positions="facebook", recompute=False)
 CLIP_FILE = "clip-vit-large-patch14/model.safetensors"
 PROMPTS = ["a red fox", "two men", "rain", "an old ship at sea", "blue", "a house"]
 
@@ -49,21 +50,20 @@ def weights(tmp_path_factory):
     """A folder with the files of FLUX.1-dev and of the networks that judge."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(teachers.NETWORKS, "flux-dev", TINY)
+        patch.setitem(teachers.FOUND, "flux-dev", TINY)
         make_official("flux-dev", folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(teachers.NETWORKS, "flux-dev", TINY)
-    monkeypatch.setitem(teachers.T5_LENGTH, "flux-dev", 12)
-    monkeypatch.setattr(judges, "DINOV2", VIT)
-    for title, scorer in judges.SCORERS.items():
+    monkeypatch.setitem(teachers.FOUND, "flux-dev", TINY)
+    monkeypatch.setattr(measures_by, "DINOV2", VIT)
+    for title, scorer in measures_by.SCORERS.items():
         wide = title == "CLIP-g"  # another network than the others
         vision = replace(SEER, hidden=20) if wide else SEER
-        small = replace(scorer, vision=vision, text=TINY.reader)
-        monkeypatch.setitem(judges.SCORERS, title, small)
+        small = replace(scorer, vision=vision, text=TINY.sizes.reader)
+        monkeypatch.setitem(measures_by.SCORERS, title, small)
 
 
 def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size=(16, 32)):
@@ -75,7 +75,7 @@ def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size
 
 @pytest.fixture
 def student(tmp_path):
-    return make_student(tmp_path, random(Flux(TINY.denoiser, Flow()), 9))
+    return make_student(tmp_path, random(Flux(TINY.sizes.denoiser, Flow()), 9))
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def clip_score_of(folder, weights, file=CLIP_FILE, view=resize):
     """Each image with its own prompt, one by one."""
     images = load_clip_vision(weights / file, cfg=SEER)
     words = [(weights / CLIP_FILE).with_name(name) for name in ("vocab.json", "merges.txt")]
-    captions = load_clip_text(weights / file, *words, cfg=TINY.reader)
+    captions = load_clip_text(weights / file, *words, cfg=TINY.sizes.reader)
     scores = []
     for k in range(24):
         picture = torch.tensor(np.array(Image.open(folder / f"{k:06d}.png"))).movedim(-1, 0)
@@ -155,8 +155,8 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, flags, weights, tm
     prompt gives the same images. With guidance it does not."""
     folder = tmp_path / "same"
     folder.mkdir()
-    teacher = load_denoiser("flux-dev", 1.0, [weights / "flux1-dev.safetensors"])
-    taus = teachers.sampling_times("flux-dev", Flow(), 3, (16, 32))
+    teacher = TINY.load(1.0, [weights / "flux1-dev.safetensors"])
+    taus = TINY.sampling_times(Flow(), 3, (16, 32))
     same = make_student(folder, teacher, steps=3, taus=taus)
     flags = [*flags, "--student", same, "--sampler", "euler", "--steps", 3]
     for guidance in (0, 9):
@@ -204,10 +204,10 @@ def test_images_are_of_this_student_and_this_teacher(run, flags, student, tmp_pa
     plan = planned(flags)
     evaluate.draw_missing(plan, torch.device("cpu"))
     assert not any(evaluate.missing(plan, s) for s in plan.samplings)
-    make_student(student.parent, random(Flux(TINY.denoiser, Flow()), 10))
+    make_student(student.parent, random(Flux(TINY.sizes.denoiser, Flow()), 10))
     assert [len(evaluate.missing(plan, s)) for s in plan.samplings] == [0, 0, 24, 24]
     other = tmp_path / "other.safetensors"
-    save_weights(random(Flux(TINY.denoiser, Flow()), 11), other, torch.float32, {})
+    save_weights(random(Flux(TINY.sizes.denoiser, Flow()), 11), other, torch.float32, {})
     plan = planned([*flags, "--teacher", other])
     assert [len(evaluate.missing(plan, s)) for s in plan.samplings] == [24, 24, 24, 24]
     evaluate.draw_missing(plan, torch.device("cpu"))
@@ -263,7 +263,7 @@ def test_encoders_are_gone_before_a_denoiser_comes_and_that_before_the_next(flag
 @pytest.fixture(scope="module")
 def scorers(weights):
     """Two more CLIPs beside the first: with a scale, and as torch.save writes open_clip's names."""
-    vision, text = random(CLIPVision(SEER), 20), random(CLIP(TINY.reader), 21)
+    vision, text = random(CLIPVision(SEER), 20), random(CLIP(TINY.sizes.reader), 21)
     both = vision.state_dict() | text.state_dict()
     save_file(both, weights / "h.safetensors")
     save_file(both | {"logit_scale": torch.tensor(50.0).log()}, weights / "pick.safetensors")
@@ -327,7 +327,7 @@ def test_scorers_files_are_looked_into_before_images_are_drawn(run, flags, score
         assert code == 2 and err.count("\n") == 1 and named in err, err
         assert not (student.parent / "evaluation").exists()
     assert not wrong.with_name("harm").exists(), "its code was run"
-    same = make_student(student.parent, load_teacher("digits", 2.0), "digits", size=(16, 16))
+    same = make_student(student.parent, embedded(), "digits", size=(16, 16))
     code, _, err = run("--student", same, "--pickscore", scorers[1])
     assert code == 2 and "PickScore reads 224 x 224 pixels" in err and err.count("\n") == 1
 
@@ -379,7 +379,7 @@ def test_fid_comes_with_a_weights_file_and_its_package(run, flags, tmp_path, mon
 def test_the_embedded_teachers_evaluation_adds_the_exam(run, tmp_path):
     """The first 64 of the exam's images. The teacher's 50 steps are the exam's own, from assets/,
     so its row there is the floor of FD-T; a student with its weights is as accurate."""
-    same = make_student(tmp_path, load_teacher("digits", 2.0), "digits", size=(16, 16))
+    same = make_student(tmp_path, embedded(), "digits", size=(16, 16))
     code, out, err = run("--student", same, "--n", 64, "--steps", 2, "--resamples", 3)
     assert code == 0, err
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
@@ -457,7 +457,7 @@ def test_captions_come_from_a_folder_of_images_too(flags, tmp_path):
 
 def test_torchrun_shares_the_work(tmp_path):
     """Two processes on the embedded teacher: one of them prints, every image is there."""
-    same = make_student(tmp_path, load_teacher("digits", 2.0), "digits", size=(16, 16))
+    same = make_student(tmp_path, embedded(), "digits", size=(16, 16))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     (tmp_path / "digits.txt").write_text("a digit and a one\na red two above a digit\n" * 4)
     flags = ["--prompts", str(tmp_path / "digits.txt"), "--images", "32", "--teacher-steps", "2"]

@@ -1,22 +1,14 @@
 import pytest
 import torch
 from PIL import Image
+from small import embedded
 
-from config import TEACHERS
-from exam import (
-    Exam,
-    cached_samples,
-    effective_number,
-    exam_table,
-    format_table,
-    read_scene,
-)
-from measures import to_uint8
-from nets.text import SceneText
-from nets.vision import Verdict
-from pictures import exam_pictures
+from digits.exam import Exam, cached_samples, effective_number, exam_table, format_table, read_scene
+from digits.judge import Verdict
+from digits.words import SceneText
+from measure.distances import to_uint8
 from schedule import grid
-from teachers import load_teacher
+from teachers import find
 
 TOKENS = SceneText().tokens
 
@@ -67,8 +59,8 @@ def test_reading_finds_the_arrangement_of_and():
 
 @pytest.fixture(scope="module")
 def exam():
-    exam = Exam(TEACHERS["digits"].guidance)
-    exam.ask_teacher(load_teacher("digits", TEACHERS["digits"].shift))
+    exam = Exam(find("digits").preset.guidance)
+    exam.ask_teacher(embedded())
     return exam
 
 
@@ -96,8 +88,8 @@ def test_ghosts_and_wrong_scenes_fail_the_exam(exam):
 
 def test_the_teachers_samples_in_assets_are_its_own(exam):
     """Eight of them sampled again; 8-bit rounding of other sums may differ by one."""
-    cfg = TEACHERS["digits"]
-    teacher = load_teacher("digits", cfg.shift)
+    cfg = find("digits").preset
+    teacher = embedded()
     kept = cached_samples(exam.fingerprint(teacher))
     assert kept is not None, "they are of another teacher: python pretrain.py samples"
     for seed in (0, 1):
@@ -114,7 +106,7 @@ def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     """A small exam, for which the teacher's samples are drawn on the spot; guidance costs double.
     The student's own number of steps uses its own anchors."""
     small = Exam(2.0, captions=8, new=1, placed=1, samples=4)
-    teacher = load_teacher("digits", 2.0)
+    teacher = embedded()
     small.ask_teacher(teacher)
     assert len(small.floor) == 40 and small.reference.shape == (32, 96)
     rows = {row["name"]: row for row in exam_table(small, teacher, (1.0, 0.3), teacher)}
@@ -126,5 +118,5 @@ def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     assert rows["student 2, x0"]["fd"] == pytest.approx(own["fd"])
     table = format_table(list(rows.values())).splitlines()
     assert len(table) == 21 and len(set(map(len, table))) == 1, "columns must line up"
-    exam_pictures(tmp_path / "p.png", small, teacher, teacher, (1.0, 0.3))
+    small.pictures(tmp_path / "p.png", teacher, teacher, (1.0, 0.3))
     assert Image.open(tmp_path / "p.png").width > 800

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Flux, FluxConfig, attention, kept_rotations, rotate, silence_guidance
 from nets.weights import read_metadata, save_weights
 from schedule import Flow, guided
-from teachers import build
+from teachers import find
 
 HERE = Path(__file__).parent
 TINY = FluxConfig(  # one block of each kind
@@ -118,7 +118,7 @@ def test_names_and_shapes_are_those_of_the_official_file(teacher, count):
     path = HERE / "manifests" / f"{teacher.replace('flux', 'flux1')}.json"
     official = json.loads(path.read_text())
     with torch.device("meta"):
-        net = build(teacher, 1.0)
+        net = find(teacher).build(1.0)
     ours = {name: ["BF16", list(tensor.shape)] for name, tensor in net.state_dict().items()}
     assert ours == official and len(ours) == count
 

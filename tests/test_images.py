@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import images
-from data import Ahead, batch_ids, open_data
-from images import Epochs, bucket_sizes, cut, expand, in_batches, tar_members, upright
+from dataset import images
+from dataset.ahead import Ahead, batch_ids
+from dataset.images import Epochs, bucket_sizes, cut, expand, in_batches, tar_members, upright
+from dataset.sources import open_data
 
 COUNT, SIZE = 24, (16, 16)
 

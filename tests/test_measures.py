@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import DigitScenes
-from measures import (
+from digits.scenes import DigitScenes
+from measure.distances import (
     bootstrap,
     clip_score,
     fit,

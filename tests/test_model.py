@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import OFFICIAL, embedded
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from digits.words import SceneText
 from model import SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig, attention
-from nets.files import OFFICIAL
-from nets.text import SceneText
 from nets.vae import VAE, VAES
 from nets.weights import load_weights, read_metadata, save_weights
 from schedule import Flow, guided
-from teachers import build, load_student, load_teacher
+from teachers import find, load_student
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."
@@ -351,10 +351,10 @@ def test_sizes_that_patches_do_not_divide_are_refused(name, height, width):
 
 def test_teacher_loads_and_predicts_velocity():
     """The embedded teacher on its own task: at t = .5 it explains most of the velocity."""
-    from data import DigitScenes
+    from digits.scenes import DigitScenes
 
     teacher, scenes = (
-        load_teacher("digits", 2.0),
+        embedded(),
         DigitScenes(seed=9, handwriting="held-out")(range(64)),
     )
     eps = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -366,7 +366,7 @@ def test_teacher_loads_and_predicts_velocity():
 
 
 def test_student_file_loads_back_bit_for_bit(tmp_path):
-    net, path = build("digits", 2.0), tmp_path / "student.safetensors"
+    net, path = find("digits").build(2.0), tmp_path / "student.safetensors"
     save_weights(net, path, torch.float32, {"teacher": "digits", "shift": "2.0", "steps": "4"})
     again, about = load_student(path)
     assert about["steps"] == "4" and again.schedule.shift == 2.0

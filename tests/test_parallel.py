@@ -12,28 +12,27 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
-import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
-from small import SMALL, make_official
+from small import SMALL, embedded, make_official
 
-import parallel
 import teachers
-from config import resolve
-from data import open_data
+from dataset.sources import open_data
+from digits.words import SceneText
 from dmd import fake_loss
+from engine import checkpoint, ranks
+from engine.build import count_trained
 from ida import ida_update
-from nets.text import SceneText
 from nets.weights import digest
 from schedule import Rng
-from teachers import load_start, load_student
+from teachers import configure, find, load_student
 from train import (
     LOSSES,
     build_learners,
     build_nets,
-    count_trained,
     ids_of,
     load_batch,
     train_step,
@@ -47,7 +46,7 @@ CPU = torch.device("cpu")
 
 def follow(out: Path | None, teacher: str, **flags) -> dict:
     """Some iterations; what came of them, also saved to `out` by rank 0: losses and all weights."""
-    cfg = resolve(teacher, ttur=2, lr_warmup=0, **flags)
+    cfg = configure(teacher, ttur=2, lr_warmup=0, **flags)
     nets = build_nets(cfg, CPU)
     opts, data = build_learners(nets, cfg), open_data(cfg.teacher, cfg.data, cfg.size, cfg.seed)
     logs = []
@@ -55,13 +54,11 @@ def follow(out: Path | None, teacher: str, **flags) -> dict:
         ids = ids_of(cfg, step)
         batch = load_batch(ids, data(ids), nets, cfg, CPU)
         log = train_step(step, batch, nets, opts, cfg)
-        logs.append(parallel.mean_over_ranks(log, CPU))
+        logs.append(ranks.mean_over_ranks(log, CPU))
     made = {"student": nets.student, "fake": nets.fake, "heads": nets.disc.heads}
     made |= {"ema": nets.ema} if cfg.ema else {}
-    seen = {
-        name: {k: x.detach().clone() for k, x in parallel.gather(n)} for name, n in made.items()
-    }
-    if out and parallel.rank() == 0:
+    seen = {name: {k: x.detach().clone() for k, x in ranks.gather(n)} for name, n in made.items()}
+    if out and ranks.rank() == 0:
         torch.save({"logs": logs, "weights": seen}, out)
     return {"logs": logs, "weights": seen}
 
@@ -79,24 +76,24 @@ def assert_same(one: dict, two: dict, tolerance: float) -> None:
 
 def pull(out: Path | None, shard: str = "none") -> list[torch.Tensor]:
     """IDA between two networks that differ; the fake score after it."""
-    student = load_start("digits", 2.0, teachers.EMBEDDED, CPU)
+    student = embedded()
     fake = copy.deepcopy(student)
     for parameter in student.parameters():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
         parameter.data.add_(0.1 * noise)
-    mesh = parallel.choose_mesh(shard, 0, CPU)
+    mesh = ranks.choose_mesh(shard, 0, CPU)
     for net in (student, fake):
-        parallel.shard(net, mesh, CPU, bf16=False)
+        ranks.shard(net, mesh, CPU, bf16=False)
     ida_update(fake, student, 0.97)
-    tensors = [x.clone() for _, x in parallel.gather(fake)]
-    if out and parallel.rank() == 0:
+    tensors = [x.clone() for _, x in ranks.gather(fake)]
+    if out and ranks.rank() == 0:
         torch.save(tensors, out)
     return tensors
 
 
 def follow_all(out: Path, runs: dict) -> None:
-    teachers.NETWORKS |= SMALL  # of this process, which ends with this
-    with ranks.ranks_of_torchrun():
+    teachers.FOUND |= SMALL  # of this process, which ends with this
+    with processes.ranks_of_torchrun():
         pull(out / "ida", "fsdp")
         for name, flags in runs.items():
             follow(out / name, **flags)
@@ -136,15 +133,15 @@ def two_ranks(place):
         Image.fromarray(pixels).save(place / "pictures" / f"{k}.png")
         (place / "pictures" / f"{k}.txt").write_text(f"a red fox {k}")
     with pytest.MonkeyPatch.context() as patch:
-        for teacher, networks in SMALL.items():
-            patch.setitem(teachers.NETWORKS, teacher, networks)
+        for teacher, family in SMALL.items():
+            patch.setitem(teachers.FOUND, teacher, family)
         for teacher in ARCHITECTURES:
             make_official(teacher, place / f"{teacher}-files")
     runs = {kind: {**DIGITS, "batch": 8, "shard": kind} for kind in ("fsdp", "ddp")}
     runs["parts"] = {**DIGITS, "steps": 2, "batch": 4, "accumulate": 2, "shard": "ddp"}
     runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
     runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
-    ranks.finish(follow_all, 2, place / "printed.txt", place, runs)
+    processes.finish(follow_all, 2, place / "printed.txt", place, runs)
     return {name: torch.load(place / name) for name in (*runs, "ida")}
 
 
@@ -181,8 +178,8 @@ def test_every_architecture_can_be_sharded(two_ranks, place, monkeypatch, teache
     """Frozen guidance embedder, position table of one row, U-Net; blocks recomputed. Two ranks with
     two samples and one process with two parts of two: equal groups in the discriminator. To 1e-5,
     since SDXL's estimate of x0 divides by .07 at pure noise."""
-    for name, networks in SMALL.items():
-        monkeypatch.setitem(teachers.NETWORKS, name, networks)
+    for name, family in SMALL.items():
+        monkeypatch.setitem(teachers.FOUND, name, family)
     assert_same(follow(None, **small(place, teacher), accumulate=2), two_ranks[teacher], 1e-5)
 
 
@@ -204,15 +201,18 @@ def test_ida_on_shards_is_bitwise_that_on_whole_networks(two_ranks):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_process_shares_nothing(kind):
     with pytest.raises(ValueError, match=f"--shard {kind} is for several ranks"):
-        parallel.choose_mesh(kind, 0, CPU)
-    assert parallel.choose_mesh("auto", 10**12, CPU) is None
+        ranks.choose_mesh(kind, 0, CPU)
+    assert ranks.choose_mesh("auto", 10**12, CPU) is None
 
 
 def test_large_networks_are_sharded_small_ones_copied():
     """On GPUs of 80 GB; SD 1.5 fits with gradients and Adam's state, FLUX and SD 3.5 do not."""
     wanted = {"sd15": False, "sd35-large": True, "flux-dev": True}
     for teacher, sharded in wanted.items():
-        assert parallel.wants_shards(count_trained(resolve(teacher), None), 80e9) == sharded
+        assert (
+            ranks.wants_shards(count_trained(configure(teacher), find(teacher), None), 80e9)
+            == sharded
+        )
 
 
 def test_fp32_weights_move_where_bf16_weights_round_the_step_away():
@@ -220,7 +220,7 @@ def test_fp32_weights_move_where_bf16_weights_round_the_step_away():
     weights below about 2.5e-4 can feel it."""
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
-        net = load_start("digits", 2.0, teachers.EMBEDDED, CPU).to(dtype)
+        net = embedded().to(dtype)
         before = [p.detach().clone() for p in net.parameters()]
         x0 = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         cond = SceneText()(["a red one left of a blue two"] * 8, CPU)
@@ -248,7 +248,7 @@ def undisturbed(tmp_path_factory):
     def get(*flags):
         if flags not in made:
             made[flags] = out = tmp_path_factory.mktemp("undisturbed")
-            ranks.finish(ranks.command, 0, out / "printed.txt", [*flags, "--out", out])
+            processes.finish(processes.command, 0, out / "printed.txt", [*flags, "--out", out])
         return made[flags]
 
     return get
@@ -257,12 +257,12 @@ def undisturbed(tmp_path_factory):
 def everything(out: Path) -> dict:
     """All tensors of the last checkpoint by name."""
     last = max(out.glob("checkpoints/step-????????"))
-    cfg = resolve(disc_channels=16)
+    cfg = configure(disc_channels=16)
     nets = build_nets(cfg, CPU)
     opts = {name: opt.optimizer for name, opt in build_learners(nets, cfg).items()}
     saved = {"student": nets.student, "fake": nets.fake, "disc": nets.disc.heads, "ema": nets.ema}
-    state = parallel.state_of(saved, opts)
-    with parallel.quiet():
+    state = checkpoint.state_of(saved, opts)
+    with checkpoint.quiet():
         dcp.load(state, checkpoint_id=last, no_dist=True)
     tensors = {f"{part}.{name}": x for part in state for name, x in flat(state[part])}
     return {"step": last.name, **tensors}
@@ -303,15 +303,15 @@ def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path
     for kill in range(20):
         for left_over in tmp_path.glob("checkpoints/*.part"):
             shutil.rmtree(left_over)  # so that the next one is a new one
-        run = ranks.launch(ranks.command, 0, printed, [*LONG, "--out", tmp_path])
+        run = processes.launch(processes.command, 0, printed, [*LONG, "--out", tmp_path])
         if kill % 2:
-            ranks.wait_for("checkpoints/*.part", tmp_path, run)
+            processes.wait_for("checkpoints/*.part", tmp_path, run)
         time.sleep(draw.uniform(0, 0.1 if kill % 2 else 0.9))
         run[0].kill()
-        ranks.join(run)
+        processes.join(run)
         in_save += any(tmp_path.glob("checkpoints/*.part"))
     assert in_save >= 3, "some must be killed inside a save"
-    ranks.finish(ranks.command, 0, printed, [*LONG, "--out", tmp_path])
+    processes.finish(processes.command, 0, printed, [*LONG, "--out", tmp_path])
     wanted = undisturbed(*LONG)
     assert (tmp_path / "log.csv").read_text() == (wanted / "log.csv").read_text()
     ours, theirs = everything(tmp_path), everything(wanted)
@@ -329,17 +329,17 @@ def test_a_run_continues_on_another_number_of_ranks(undisturbed, tmp_path):
     iteration, saved."""
     printed, flags = tmp_path / "printed.txt", [*SHORT, "--out", tmp_path]
     for world, kind, pattern in ((2, "fsdp", "step-00000002"), (0, "auto", "step-00000004")):
-        run = ranks.launch(ranks.command, world, printed, [*flags, "--shard", kind])
-        ranks.wait_for(f"checkpoints/{pattern}", tmp_path, run)
+        run = processes.launch(processes.command, world, printed, [*flags, "--shard", kind])
+        processes.wait_for(f"checkpoints/{pattern}", tmp_path, run)
         done = len(losses(tmp_path))
         for process in run:
             os.kill(process.pid, signal.SIGTERM)
-        assert set(ranks.join(run)) == {0}, printed.read_text()
+        assert set(processes.join(run)) == {0}, printed.read_text()
         assert len(losses(tmp_path)) <= done + 2
         last = max(tmp_path.glob("checkpoints/step-????????"))
         assert last.name == f"step-{len(losses(tmp_path)):08d}", "saved where it stopped"
     assert "--accumulate 2" in printed.read_text()
-    ranks.finish(ranks.command, 2, printed, flags)
+    processes.finish(processes.command, 2, printed, flags)
     assert_near(tmp_path, undisturbed(*SHORT, "--accumulate", 2))
 
 
@@ -347,7 +347,7 @@ def test_a_batch_that_ranks_cannot_make_is_refused(undisturbed, tmp_path):
     """Three samples at a time do not make four."""
     shutil.copytree(undisturbed(*SHORT, "--accumulate", 2), tmp_path / "run")
     printed, flags = tmp_path / "printed.txt", [*SHORT, "--batch", 3, "--out", tmp_path / "run"]
-    assert ranks.join(ranks.launch(ranks.command, 0, printed, flags)) == [2]
+    assert processes.join(processes.launch(processes.command, 0, printed, flags)) == [2]
     said = printed.read_text()
     assert said.count("\n") == 1 and "4 samples an iteration" in said and "--batch 3" in said
 
@@ -362,8 +362,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(undisturbed, tmp_path, world):
         if path.name == "step-00000006":
             shutil.rmtree(path)
     left = everything(out)
-    run = ranks.launch(ranks.command, world, printed, [*SHORT, "--out", out], 100_000)
-    assert set(ranks.join(run)) == {2}, printed.read_text()
+    run = processes.launch(processes.command, world, printed, [*SHORT, "--out", out], 100_000)
+    assert set(processes.join(run)) == {2}, printed.read_text()
     said = printed.read_text()
     assert "step-00000006 cannot be written, is the disk full?" in said
     assert "the last good checkpoint is" in said and "step-00000004" in said

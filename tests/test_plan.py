@@ -14,11 +14,11 @@ from small import SMALL, flux
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import plan
 import teachers
 import train
-from config import resolve
-from plan import Measured, Turn, calls, flops, mean_flops, turns
+from engine import plan
+from engine.plan import Measured, Turn, calls, flops, mean_flops, turns
+from teachers import configure, find
 
 SIZE = (96, 64)  # rectangular
 WIDER = flux(guidance=True)
@@ -33,7 +33,7 @@ def reduced(monkeypatch):
 
 def setup(teacher, **flags):
     """A real run's networks, random weights, after one iteration that made Adam's state."""
-    cfg = resolve(teacher, size=SIZE, batch=2, lr_warmup=0, ttur=1, w_gan=1.0, w_isg=1.0, **flags)
+    cfg = configure(teacher, size=SIZE, batch=2, lr_warmup=0, ttur=1, w_gan=1.0, w_isg=1.0, **flags)
     torch.manual_seed(0)
     made = plan.networks(cfg)
     student, fake, real = made["student"][0], plan.networks(cfg)["student"][0], made["teacher"][0]
@@ -46,9 +46,9 @@ def setup(teacher, **flags):
     batch = train.Batch(
         range(2),
         torch.rand(2, 3, *SIZE) * 2 - 1,
-        torch.randn(2, *teachers.latent_shape(teacher, SIZE)),
+        torch.randn(2, *find(teacher).latent_shape(SIZE)),
         cond,
-        uncond if teachers.uses_null(teacher) else None,
+        uncond if find(teacher).uses_null else None,
         torch.randn(2, plan.text_width(teacher)),
     )
     return cfg, nets, opts, batch
@@ -245,7 +245,7 @@ def test_plan_prints_its_table_and_whether_it_fits(command):
     flags = ["--teacher", "flux-dev", "--size", *SIZE, "--no-gan", "--plan"]
     code, out, err = command(train, *flags)
     assert (code, err) == (0, "") and "fits" in out and "8 x 80 GB" in out
-    cfg = resolve("flux-dev", size=SIZE, w_gan=0.0)
+    cfg = configure("flux-dev", size=SIZE, w_gan=0.0)
     one, many = (costs_of(cfg).plan(gpus).total for gpus in (1, 16))
     between = (plan.RESERVE + (one + many) / 2) / 1e9
     code, out, _ = command(train, *flags, "--gpus", 1, "--gpu-memory", between)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import pretrain
-from nets.vision import DIGITS_VIT, Judge, ViT
+from digits import pretrain
+from digits.judge import Judge
+from nets.vision import ViT
 from nets.weights import load_weights, read_metadata
-from teachers import build
+from teachers import find
 
 
 @pytest.fixture
@@ -25,12 +26,12 @@ def test_judge_trains_and_saves_its_limit(assets):
 
 def test_backbone_trains_and_saves(assets):
     pretrain.train_backbone(steps=2, batch=8)
-    load_weights(ViT(DIGITS_VIT), assets / "backbone.safetensors")
+    load_weights(ViT(find("digits").backbone()), assets / "backbone.safetensors")
 
 
 def test_teacher_trains_and_saves_its_average(assets):
     pretrain.train_teacher(steps=3, batch=8)
-    net = load_weights(build("digits", 2.0), assets / "teacher.safetensors")
+    net = load_weights(find("digits").build(2.0), assets / "teacher.safetensors")
     assert net.final_layer.linear.weight.abs().max() > 0, "it starts at zero and must have moved"
 
 

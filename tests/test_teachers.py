@@ -16,17 +16,16 @@ from conftest import refused
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import SMALL, make_official
+from small import OFFICIAL, SMALL, make_official
 
 import sample
 import teachers
 import train
-from config import TEACHERS, resolve
-from data import open_data
-from nets.files import OFFICIAL
+from dataset.sources import open_data
 from schedule import DDPM, Flow, resolution_shift
+from teachers import configure, find
 
-TRAINED = [name for name in TEACHERS if name != "digits"]
+TRAINED = [name for name in teachers.names() if name != "digits"]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    for teacher, networks in SMALL.items():
-        monkeypatch.setitem(teachers.NETWORKS, teacher, networks)
+    for teacher, family in SMALL.items():
+        monkeypatch.setitem(teachers.FOUND, teacher, family)
 
 
 @pytest.fixture
@@ -128,6 +127,15 @@ def test_every_missing_file_is_named_with_the_command_that_fetches_it(command, t
 # --- training ------------------------------------------------------------------------------------
 
 
+def started(teacher, files):
+    """What its student begins as."""
+    family = find(teacher)
+    net = family.load(1.0, files["denoiser"])
+    with torch.no_grad():
+        family.start(net)
+    return net
+
+
 def flags_for(teacher, folder, data, out):
     flags = ["--teacher", teacher, "--weights", folder(teacher), "--data", data, "--out", out]
     flags += ["--size", 32, 48, "--batch", 2, "--steps", 4, "--ttur", 1, "--lr-warmup", 0]
@@ -161,12 +169,12 @@ def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
     assert judged and all(np.isfinite(float(x)) for x in judged)
     assert all(float(x) == 0 for x in columns["skipped"])
 
-    student, files = out / "student.safetensors", teachers.locate(teacher, str(folder(teacher)))
-    prefix = teachers.prefix_of(teacher, "denoiser")
+    student, files = out / "student.safetensors", find(teacher).locate(str(folder(teacher)))
+    prefix = find(teacher).prefix()
     (ours, about), (theirs, _) = header(student), header(files["denoiser"][0], prefix)
     assert ours == theirs, "names, shapes and order are the teacher's"
     assert about["teacher"] == teacher and len(json.loads(about["taus"])) == 4
-    start = teachers.load_start(teacher, 1.0, files, "cpu").state_dict()
+    start = started(teacher, files).state_dict()
     end = teachers.load_student(student)[0].state_dict()
     still = {name for name, tensor in end.items() if torch.equal(tensor, start[name])}
     # FLUX: silenced. SD 3.5: nothing reads the last text block's queries.
@@ -189,11 +197,11 @@ def test_a_student_merged_back_is_the_official_file_but_for_its_denoiser(
     flags = flags_for(teacher, folder, pictures, out)
     code, _, err = command(train, *flags, "--no-gan", "--export", "full", "--steps", 1)
     assert code == 0, err
-    base = teachers.locate(teacher, str(folder(teacher)))["denoiser"][0]
+    base = find(teacher).locate(str(folder(teacher)))["denoiser"][0]
     assert header(out / "full.safetensors")[0] == header(base)[0]
     files = (out / "full.safetensors", base, out / "student.safetensors")
     full, official, student = map(load_file, files)
-    prefix = teachers.prefix_of(teacher)
+    prefix = find(teacher).prefix()
     for name, tensor in full.items():
         wanted = student if name.startswith(prefix) else official
         assert torch.equal(tensor, wanted[name].to(tensor.dtype)), name
@@ -235,7 +243,9 @@ def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
 
     FLUX has none: the scale is its teacher's input.
     """
-    cfg = resolve(teacher=teacher, weights=str(folder(teacher)), data=str(pictures), size=(32, 48))
+    cfg = configure(
+        teacher=teacher, weights=str(folder(teacher)), data=str(pictures), size=(32, 48)
+    )
     cfg = dataclasses.replace(cfg, batch=2, w_gan=0.0, bf16=False)
     nets = train.build_nets(cfg, torch.device("cpu"))
     read = []
@@ -247,9 +257,9 @@ def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
     assert (batch.uncond is None) == (teacher == "flux-dev")
     if batch.uncond:
         sizes = torch.tensor([[32, 48, 0, 0, 32, 48], [50, 70, 8, 4, 32, 48]])
-        cond = teachers.encode(nets.text, ["a red fox"] * 2, "cpu", sizes)
-        again = teachers.encode(nets.text, ["", ""], "cpu", sizes)
-        for name, tensor in teachers.null_for(teacher, nets.null, cond).items():
+        cond = nets.text(["a red fox"] * 2, "cpu", sizes)
+        again = nets.text(["", ""], "cpu", sizes)
+        for name, tensor in find(teacher).null_for(nets.null, cond).items():
             torch.testing.assert_close(tensor, again[name])
 
 
@@ -318,7 +328,7 @@ def test_a_student_at_other_steps_has_evenly_spaced_times(command, folder, pictu
 
 def test_the_fake_score_learns_with_the_weights_that_ida_made(folder, pictures):
     """On a student's turn in bf16: autocast's copies of weights from before are not used again."""
-    cfg = resolve(teacher="sd15", weights=str(folder("sd15")), data=str(pictures), size=(32, 48))
+    cfg = configure(teacher="sd15", weights=str(folder("sd15")), data=str(pictures), size=(32, 48))
     cfg = dataclasses.replace(cfg, batch=2, ida_decay=0.0, lr=0.1, lr_fake=0.0, lr_warmup=0)
     nets = train.build_nets(cfg, torch.device("cpu"))
     opts, ids = train.build_learners(nets, cfg), train.ids_of(cfg, 0)
@@ -407,10 +417,10 @@ def test_sd35_refuses_sizes_above_its_position_table(command, folder):
 def test_the_presets_anchors_are_the_papers():
     """FLUX's by number, SD 3.5's by the shift, SDXL's entries 999, 749, 499, 249 of the table."""
     for teacher in ("sd35-large", "sd35-medium"):
-        cfg = TEACHERS[teacher]
+        cfg = find(teacher).preset
         assert tuple(train.anchors(cfg, Flow(cfg.shift))) == (1.0, 0.9, 0.75, 0.5)
-    assert train.anchors(TEACHERS["flux-dev"], Flow()) == (1.0, 0.904, 0.759, 0.512)
+    assert train.anchors(find("flux-dev").preset, Flow()) == (1.0, 0.904, 0.759, 0.512)
     for teacher in ("sdxl", "sd15"):
-        assert train.anchors(TEACHERS[teacher], DDPM()) == pytest.approx(
+        assert train.anchors(find(teacher).preset, DDPM()) == pytest.approx(
             (0.999, 0.749, 0.499, 0.249)
         )

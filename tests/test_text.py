@@ -27,7 +27,6 @@ from nets.clip import (
 )
 from nets.text import (
     T5,
-    T5_LENGTH,
     T5_XXL,
     FluxText,
     SD15Text,
@@ -41,6 +40,7 @@ from nets.text import (
     token_ids,
 )
 from nets.weights import read_metadata
+from teachers.sd35 import T5_TOKENS
 
 HERE = Path(__file__).parent
 PUBLISHED = json.loads((HERE / "golden" / "clip_tokens.json").read_text())
@@ -503,7 +503,7 @@ def test_without_t5_its_tokens_are_zeros(sd35, sd35_without_t5):
 def test_sd35s_context_has_the_official_size_without_t5(encoders):
     """77 tokens of CLIP's and 256 of T5's, as wide as T5-XXL, which is what both networks take."""
     assert SD35Text(*encoders[0])(["a cat"])["context"].shape == (1, 77 + 256, 4096)
-    assert T5_LENGTH["sd35-large"] == T5_LENGTH["sd35-medium"] == 256
+    assert T5_TOKENS == 256
     for cfg in (SD35_LARGE, SD35_MEDIUM):
         assert cfg.context_width == T5_XXL.width == 4096
         assert cfg.pooled_width == CLIP_L.width + CLIP_G.width == 2048

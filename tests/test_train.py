@@ -6,17 +6,16 @@ import shutil
 import signal
 from pathlib import Path
 
+import processes
 import pytest
-import ranks
 import torch
 from torch import nn
 
 import train
-from config import resolve
-from data import DigitScenes
-from nets.text import SceneText
+from digits.scenes import DigitScenes
+from digits.words import SceneText
 from nets.weights import digest
-from teachers import load_student
+from teachers import configure, load_student
 from train import build_learners, build_nets, load_batch, lr_factor, train_step
 
 CPU = torch.device("cpu")
@@ -24,7 +23,7 @@ TEXT, DATA = SceneText(), DigitScenes()
 
 
 def setup(**flags):
-    cfg = resolve(**{"batch": 3, "lr_warmup": 0, **flags})
+    cfg = configure(**{"batch": 3, "lr_warmup": 0, **flags})
     nets = build_nets(cfg, CPU)
     return cfg, nets, build_learners(nets, cfg)
 
@@ -213,7 +212,7 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_counted():
 
 
 def test_learning_rate_warms_up_and_falls():
-    cfg = resolve(steps=100, lr_warmup=9, lr_start=0.5, lr_final=0.1)
+    cfg = configure(steps=100, lr_warmup=9, lr_start=0.5, lr_final=0.1)
     assert lr_factor(0, cfg) == pytest.approx(0.55)
     assert lr_factor(9, cfg) > lr_factor(8, cfg)
     assert lr_factor(99, cfg) == pytest.approx(0.1, abs=0.001)
@@ -235,7 +234,7 @@ def student_of(out: Path) -> str:
 def printed_by(out: Path) -> str:
     """A run from its start, or from where it was, to its end."""
     printed = out.with_suffix(".txt")
-    ranks.finish(ranks.command, 0, printed, [*FLAGS, out])
+    processes.finish(processes.command, 0, printed, [*FLAGS, out])
     return printed.read_text()
 
 
@@ -260,10 +259,10 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
 
 def test_sigterm_saves_and_stops(undisturbed, tmp_path):
     out, printed = tmp_path / "stopped", tmp_path / "printed.txt"
-    run = ranks.launch(ranks.command, 0, printed, [*FLAGS, out])
-    ranks.wait_for("checkpoints/step-????????", out, run)
+    run = processes.launch(processes.command, 0, printed, [*FLAGS, out])
+    processes.wait_for("checkpoints/step-????????", out, run)
     os.kill(run[0].pid, signal.SIGTERM)
-    assert ranks.join(run) == [0] and "stopped by SIGTERM" in printed.read_text()
+    assert processes.join(run) == [0] and "stopped by SIGTERM" in printed.read_text()
     assert not (out / "student.safetensors").exists(), "it was to be interrupted"
     assert "continuing" in printed_by(out)
     assert student_of(out) == student_of(undisturbed)

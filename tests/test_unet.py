@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import OFFICIAL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nets.clip import CLIP, CLIP_G, CLIP_L, load_open_clip, to_open_clip
-from nets.files import NOT_WEIGHTS, OFFICIAL
 from nets.layers import attention, time_embedding
 from nets.unet import UNETS, Transformer, TransformerBlock, UNet, UNetConfig
 from nets.vae import VAE, VAES
 from nets.weights import load_weights, merge_weights, read_metadata, save_weights
 from schedule import DDPM
+from teachers import find
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."
@@ -169,9 +170,9 @@ def test_names_and_shapes_are_those_of_the_official_file(name, count, size):
     wanted = {key: shape for key, (_, shape) in official(name).items()}
     assert len(wanted) == count
     with torch.device("meta"):
-        nets = build(name, UNETS[name], VAES[name], CLIP_L, CLIP_G)
+        nets = find(name).build(UNETS[name], VAES[name], CLIP_L, CLIP_G)
     ours = {key: list(tensor.shape) for key, tensor in file_tensors(name, nets).items()}
-    for key in NOT_WEIGHTS[name]:
+    for key in find(name).not_weights:
         assert key not in ours
         ours[key] = wanted[key]
     assert ours == wanted
@@ -188,9 +189,9 @@ def whole_file(name, tmp_path):
     clip_l, clip_g = (
         replace(c, width=4, heads=2, hidden=4, vocabulary=9) for c in (CLIP_L, CLIP_G)
     )
-    nets = build(name, unet, vae, clip_l, clip_g)
+    nets = find(name).build(unet, vae, clip_l, clip_g)
     forms = official(name)
-    tensors = file_tensors(name, nets) | {key: torch.zeros(3) for key in NOT_WEIGHTS[name]}
+    tensors = file_tensors(name, nets) | {key: torch.zeros(3) for key in find(name).not_weights}
     path = tmp_path / "whole.safetensors"
     kinds = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
     stored = {key: tensor.to(kinds[forms[key][0]]) for key, tensor in tensors.items()}
@@ -207,7 +208,7 @@ def test_every_part_of_a_single_file_loads_back_bit_for_bit(name, whole_file):
         with torch.device("meta"):
             again = UNet(net.cfg, DDPM()) if part == "denoiser" else type(net)(net.cfg)
         load = load_open_clip if part == "clip_g" else load_weights
-        load(again, path, dtype, prefix=OFFICIAL[name][part].prefix, ignore=NOT_WEIGHTS[name])
+        load(again, path, dtype, prefix=OFFICIAL[name][part].prefix, ignore=find(name).not_weights)
         for (key, tensor), loaded in zip(
             net.state_dict().items(), again.state_dict().values(), strict=True
         ):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import nn
 
-from judges import SCORERS
+from measure.scorers import SCORERS
 from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, CLIPConfig, quick_gelu, to_open_clip
 from nets.text import token_ids
 from nets.vision import (
@@ -26,7 +26,6 @@ from nets.vision import (
     CLIP_VIT_HUGE,
     CLIP_VIT_LARGE,
     CLIP_VIT_LARGE_TEXT,
-    DIGITS_VIT,
     DINOV2_LARGE,
     POSITIONS,
     CLIPVision,
@@ -39,6 +38,7 @@ from nets.vision import (
     load_vit,
 )
 from nets.weights import read_metadata
+from teachers import find
 
 HERE = Path(__file__).parent
 SMALL = ViTConfig(patch=14, width=32, depth=4, heads=4, grid=5, hooks=(0, 2, 3))
@@ -257,8 +257,8 @@ def test_recomputation_keeps_less_and_gives_the_same_gradient():
 
 
 def test_the_embedded_backbone_is_the_same_class_at_another_size():
-    vit = load_vit(DIGITS_VIT, ASSETS / "backbone.safetensors", torch.bfloat16)
-    assert vit.cfg == DIGITS_VIT and not DIGITS_VIT.recompute
+    vit = load_vit(find("digits").backbone(), ASSETS / "backbone.safetensors", torch.bfloat16)
+    assert vit.cfg == find("digits").backbone() and not find("digits").backbone().recompute
     assert vit.cls_token.dtype == torch.bfloat16
     assert [tuple(x.shape) for x in vit.maps(torch.rand(2, 3, 16, 16))] == 3 * [(2, 64, 8, 8)]
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from small import OFFICIAL
 from torch import nn
 
 from model import Flux, FluxConfig
 from nets import files
-from nets.files import OFFICIAL, find_files
+from nets.files import find_files
 from nets.weights import load_weights, save_weights, stream_weights
 from schedule import Flow
 

@@ -1,8 +1,8 @@
 """How long an iteration takes, where its time and memory go, and what the released order takes.
 
-    python bench.py                                                       # the embedded teacher
-    python bench.py --teacher flux-dev --width-scale 0.1 --depth 6 --size 256 256
-    python bench.py --teacher flux-dev --depth 12 --batch 1 --compile --out bench.json    # on a GPU
+    python -m engine.bench                                                 # the embedded teacher
+    python -m engine.bench --teacher flux-dev --width-scale 0.1 --depth 6 --size 256 256
+    python -m engine.bench --teacher flux-dev --depth 12 --compile --out bench.json  # a GPU
 
 Random weights, random text and images: no file is read. Uses the CUDA GPU when there is one. Inputs
 are noised data; times are medians, after a warm-up. FLOPs are those of the model: what is computed
@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,52 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import plan
 import train
-from config import Config, Parser, refuse, resolve
+from config import Config, Parser, refuse
 from discriminator import augment, disc_loss, gan_loss, omega
-from dmd import dmd_loss, fake_loss, student_input
+from dmd import fake_loss, student_input
+from engine import plan
 from ida import ida_update
-from isg import isg_loss
-from nets.unet import UNetConfig
 from schedule import Rng
-from teachers import NETWORKS, Networks, check_size, latent_shape, uses_null
+from teachers import FOUND, configure, find
 
 LR = 1e-6  # SD 3.5's and SDXL's, where bf16 weights round an update away
-
-# --- networks of any size, random weights --------------------------------------------------------
-
-
-def scaled(nets: Networks, scale: float, depth: int) -> Networks:
-    """All widths times `scale`, in whole heads and groups; the denoiser's depth, 0: as it is."""
-
-    def heads(cfg) -> dict[str, int]:
-        count = max(1, round(scale * cfg.heads))
-        return {"heads": count, "width": count * cfg.width // cfg.heads}
-
-    def width(cfg) -> dict[str, int]:
-        return {"width": max(1, round(scale * cfg.width / cfg.groups)) * cfg.groups}
-
-    cfg = nets.denoiser
-    if isinstance(cfg, UNetConfig):
-        deep = depth or max(cfg.depths)
-        levels = tuple(min(deep, each) for each in cfg.depths)
-        denoiser = replace(cfg, **width(cfg), depths=levels, middle=min(deep, cfg.middle))
-        denoiser = replace(denoiser, head=min(cfg.head, denoiser.width))
-    elif isinstance(cfg, plan.model.FluxConfig):
-        double = max(1, round(depth / 3)) if depth else cfg.double
-        single = max(1, depth - double) if depth else cfg.single
-        denoiser = replace(cfg, **heads(cfg), double=double, single=single)
-    else:
-        deep = depth or cfg.depth
-        denoiser = replace(cfg, **heads(cfg), depth=deep, dual_blocks=min(deep, cfg.dual_blocks))
-    around = {"backbone": replace(nets.backbone, **heads(nets.backbone))}
-    around |= {"vae": replace(nets.vae, **width(nets.vae))} if nets.vae else {}
-    if nets.t5:  # as wide as the denoiser reads, with fewer heads and a narrower MLP
-        count = max(1, round(scale * nets.t5.heads))
-        hidden = max(64, round(scale * nets.t5.hidden))
-        around["t5"] = replace(nets.t5, heads=count, hidden=hidden)
-    return replace(nets, denoiser=denoiser, **around)
 
 
 @dataclasses.dataclass
@@ -89,7 +54,7 @@ class Bench:
 
 def prepare(cfg: Config, device: torch.device) -> Bench:
     torch.manual_seed(cfg.seed)
-    frozen = torch.bfloat16 if cfg.bf16 else torch.float32
+    frozen, family = torch.bfloat16 if cfg.bf16 else torch.float32, find(cfg.teacher)
     with device:
         made = plan.networks(cfg)
         for part in ("teacher", "VAE", "text", "backbone"):
@@ -101,14 +66,14 @@ def prepare(cfg: Config, device: torch.device) -> Bench:
         if cfg.recompute:  # the copy's blocks must not run the student's
             for block in fake.blocks():
                 block.__dict__.pop("forward")
-            plan.parallel.recompute(fake)
-        cond, uncond = (plan.conditioning(cfg.teacher, cfg.batch, frozen) for _ in range(2))
+            plan.ranks.recompute(fake)
+        cond, uncond = (plan.conditioning(family, cfg.batch, frozen) for _ in range(2))
         images = torch.rand(cfg.batch, 3, *cfg.size) * 2 - 1
-        text = torch.randn(cfg.batch, plan.text_width(cfg.teacher))
-        x0_real = torch.randn(cfg.batch, *latent_shape(cfg.teacher, cfg.size))
-        null = uncond if uses_null(cfg.teacher) else None
+        text = torch.randn(cfg.batch, family.embedding_width())
+        x0_real = torch.randn(cfg.batch, *family.latent_shape(cfg.size))
+        null = uncond if family.uses_null else None
         batch = train.Batch(range(cfg.batch), images, x0_real, cond, null, text)
-        nets = train.Nets(student, fake, teacher, disc, vae, student)
+        nets = train.Nets(family, student, fake, teacher, disc, vae, student)
         calls = plan.call_table(cfg, made)
     vae_fp32 = copy.deepcopy(vae).float()
     opts = train.build_learners(nets, cfg)
@@ -132,11 +97,11 @@ def released_step(step: int, bench: Bench, cfg: Config) -> None:
     discriminator's three passes, and once more as the real image.
     """
     nets, opts, batch, disc = bench.nets, bench.opts, bench.batch, bench.nets.disc
-    learn, log, cond, text = step % cfg.ttur == 0, {}, batch.cond, batch.text
-    student, fake, teacher, schedule = nets.student, nets.fake, nets.teacher, nets.student.schedule
+    learn, log, cond, text = step % cfg.ttur == 0, defaultdict(list), batch.cond, batch.text
+    student, fake, schedule = nets.student, nets.fake, nets.student.schedule
 
-    def rng(purpose: str) -> Rng:
-        return Rng(cfg.seed, step, purpose, batch.ids)
+    def rng(purpose: str, ids=batch.ids) -> Rng:
+        return Rng(cfg.seed, step, purpose, ids)
 
     with torch.no_grad():
         nets.vae.encode(batch.images)
@@ -153,23 +118,17 @@ def released_step(step: int, bench: Bench, cfg: Config) -> None:
         made = disc.features(image)
         adversarial = gan_or_nothing(disc, made, features(disc, batch), text, weight)
     if learn:
-        guidance = (cond, batch.uncond, cfg.guidance_dmd)
-        loss = cfg.w_dmd * dmd_loss(x0, teacher, fake, *guidance, cfg.t_dmd, rng("dmd"))
-        segment = (student, teacher, x_t, prediction, tau_start, tau_end, cond, batch.uncond)
-        how = (cfg.guidance_isg, cfg.isg_margin, cfg.isg_distance)
-        loss = loss + cfg.w_isg * isg_loss(*segment, *how, rng("isg")) + cfg.w_gan * adversarial
-        train.collect(opts["student"], loss, 0, cfg)
-        train.update("student", opts, step, cfg, log)
+        draw = train.Draw(x0, x_t, prediction, tau_start, tau_end, weight)
+        loss = train.student_loss(draw, batch, nets, cfg, rng, log) + cfg.w_gan * adversarial
+        train.minimise("student", [loss], opts, step, cfg, log)
         ida_update(fake, student, cfg.ida_decay)
     loss = fake_loss(fake, x0, cond, cfg.t_fake, rng("fake"))
-    train.collect(opts["fake"], loss, 0, cfg)
-    train.update("fake", opts, step, cfg, log)
+    train.minimise("fake", [loss], opts, step, cfg, log)
     real, reference = features(disc, batch), features(disc, batch)
     features(disc, batch)  # the reference again, for the image that was made
     disc.power_iteration()
     loss = disc_loss(disc, real, made, reference, text, weight)
-    train.collect(opts["disc"], loss, 0, cfg)
-    train.update("disc", opts, step, cfg, log)
+    train.minimise("disc", [loss], opts, step, cfg, log)
 
 
 @torch.no_grad()
@@ -247,7 +206,7 @@ def by_part(bench: Bench, iterations: int) -> dict[str, dict[str, float]]:
 def kinds(cfg: Config) -> dict[tuple[bool, bool], tuple[float, int, Config]]:
     """Per (student's turn, judged): its probability, and a step and configuration that are so."""
     with torch.device("meta"):
-        schedule = plan.build(cfg.teacher, cfg.shift).schedule
+        schedule = find(cfg.teacher).build(cfg.shift).schedule
     taus, found = train.anchors(cfg, schedule), {}
     for p, turn in plan.turns(cfg):
         kind = turn.learn, turn.judged
@@ -437,13 +396,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def decide(given: argparse.Namespace) -> Config:
+def bench_config(given: argparse.Namespace) -> Config:
     """The configuration that is timed. Raises ValueError on what cannot be."""
     flags = {"size": given.size and tuple(given.size), "batch": given.batch}
     flags |= {"recompute": given.recompute, "disc_channels": given.disc_channels}
-    cfg = resolve(given.teacher, **{name: x for name, x in flags.items() if x is not None})
+    cfg = configure(given.teacher, **{name: x for name, x in flags.items() if x is not None})
     cfg = replace(cfg, p_backward=0.0, ema=0.0, w_gan=cfg.w_gan or 1.0)
-    check_size(cfg.teacher, cfg.size)
+    find(cfg.teacher).check_size(cfg.size)
     if not 0 < given.width_scale <= 4:
         raise ValueError(f"--width-scale is {given.width_scale}; it must be above 0, at most 4")
     if given.depth < 0:
@@ -465,8 +424,8 @@ def main() -> None:
     given = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        cfg = decide(given)
-        NETWORKS[cfg.teacher] = scaled(NETWORKS[cfg.teacher], given.width_scale, given.depth)
+        cfg = bench_config(given)
+        FOUND[cfg.teacher] = find(cfg.teacher).scaled(given.width_scale, given.depth)
         measured = plan.Measured(cfg, device.type == "cuda")
         planned, free = measured.plan(1, cached=True).total, free_memory(device)
         if planned > free:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import parallel
 from config import Config, differences
+from engine import ranks
 
 
 def say(line: str) -> None:
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         tqdm.write(line)
 
 
@@ -34,7 +34,7 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
         raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from None
     if not os.access(out, os.W_OK):
         raise ValueError(f"{out} cannot be written to; choose another --out")
-    if parallel.rank() > 0:
+    if ranks.rank() > 0:
         return out
     saved = out / "config.json"
     if overwrite:
@@ -62,7 +62,7 @@ def keep_samples(cfg: Config, out: Path) -> Config:
     if not path.is_file():
         return cfg
     try:
-        saved, world = json.loads(path.read_text()), parallel.world()
+        saved, world = json.loads(path.read_text()), ranks.world()
         each = saved["batch"] * saved.get("accumulate", 1)  # of a rank
         total = each * saved.get("world", world)
     except (json.JSONDecodeError, TypeError, KeyError):

@@ -1,43 +1,24 @@
-"""Captions and images.
+"""The embedded task's scenes: two real handwritten digits, coloured, side by side or stacked.
 
-    DigitScenes   the embedded task: two real handwritten digits, coloured, side by side or stacked,
-                  with a caption that names some attributes and leaves others open
-    Prompts       captions alone; images with captions are in images.py
-    open_data     the one that --data names
-    Ahead         its batches, read by threads while the networks learn
+    DigitScenes   scenes by number, each with a caption that names some attributes and leaves others
+                  open; scene i is a function of (seed, i) alone
+    load_digits   the handwriting
 
-Sample i of a data set is a function of (seed, i) alone, so nothing needs saving to resume, and any
-number of ranks and threads sees the same samples: `batch_ids` deals them out. A data set is called
-with sample numbers and returns something with `captions`, `images`, (B, 3, H, W) in [-1, 1] or
-None, and `sizes`, (B, 6) or None; `remark()` is what there is to say of bad samples.
+A data set like those of dataset/: called with sample numbers, it returns captions and images.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from images import (
-    Epochs,
-    ImageFiles,
-    Images,
-    Pairs,
-    Shards,
-    expand,
-    list_folder,
-    list_json,
-    read_text,
-)
-from nets.text import ANY_DIGIT, COLOURS, DIGITS, WORD_ID, attributes
+from digits import ASSETS
+from digits.words import ANY_DIGIT, COLOURS, DIGITS, WORD_ID, attributes
 from schedule import generator
 
-ASSETS = Path(__file__).parent / "assets"
+HORIZONTAL, VERTICAL = 0, 1
 RGB = torch.tensor(  # in the order of COLOURS
     [
         [1.0, 0.15, 0.15],
@@ -48,7 +29,6 @@ RGB = torch.tensor(  # in the order of COLOURS
         [1.0, 0.35, 0.8],
     ]
 )
-HORIZONTAL, VERTICAL = 0, 1
 # Where the caption's first object is, seen from its second.
 ARRANGEMENTS = ("left", "right", "above", "below")
 # (colour, digit) pairs never trained on.
@@ -59,18 +39,6 @@ OPEN = {  # share of captions that leave open: a colour, a digit, the relation
     "all": (0.0, 0.0, 0.0),
     "digits": (1.0, 0.0, 1.0),
 }
-
-
-def batch_ids(step: int, batch: int, rank: int = 0, world: int = 1) -> range:
-    """The global sample numbers of this rank's batch.
-
-    Disjoint over ranks and steps, without gaps.
-    """
-    start = (step * world + rank) * batch
-    return range(start, start + batch)
-
-
-# --- the embedded task ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -206,136 +174,3 @@ def load_digits() -> tuple[Tensor, Tensor]:
             f"{path} does not hold the 1,797 digits; restore it with: git checkout assets"
         )
     return torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
-
-
-# --- images and captions of one's own ------------------------------------------------------------
-
-FORMS = (
-    "--data takes a folder of images with their captions in .txt files of the same names; a .json "
-    "or .jsonl list of images and captions; WebDataset shards, as a folder of .tar files, one of "
-    "them, or a pattern like 'shards/{000..127}.tar'; or a .txt file of prompts, one a line. "
-    "To start without images: --data prompts.txt --no-gan"
-)
-
-
-class Prompts:
-    """The lines of a text file."""
-
-    def __init__(self, path: Path, seed: int):
-        self.captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        if not self.captions:
-            raise ValueError(f"--data {path} holds no prompt. {FORMS}")
-        count = len(self.captions)
-        self.epochs = Epochs(count, lambda draw: torch.randperm(count, generator=draw), seed)
-
-    def __call__(self, ids: range | list[int]) -> Pairs:
-        return Pairs([self.captions[self.epochs.item(i)] for i in ids], None)
-
-    def remark(self) -> str:
-        return ""
-
-
-def open_data(
-    teacher: str,
-    path: str,
-    size: tuple[int, int],
-    seed: int,
-    crop: str = "centre",
-    buckets: bool = False,
-    batch: int = 1,
-) -> DigitScenes | Images | Prompts:
-    """crop: "centre" | "random"; buckets: batches, of `batch` samples, of different aspect ratios.
-
-    Raises ValueError or FileNotFoundError.
-    """
-    if teacher == "digits":
-        return DigitScenes(seed)
-    if crop not in ("centre", "random"):
-        raise ValueError(f'--crop is "{crop}"; choose from centre, random')
-    if buckets and (size[0] % 64 or size[1] % 64):
-        raise ValueError(f"--size {size[0]} {size[1]}: with --buckets, sides are multiples of 64")
-    if Path(path).suffix == ".txt" and Path(path).is_file():
-        return Prompts(Path(path), seed)
-    source = open_source(path)
-    if not len(source):
-        broken = "".join(f"; {name}: {why}" for name, why in list(source.faults.items())[:5])
-        raise ValueError(f"--data {path} holds no image with a caption{broken}. {FORMS}")
-    return Images(source, size, seed, crop, buckets, batch)
-
-
-def open_source(path: str) -> ImageFiles | Shards:
-    where = Path(path)
-    if where.is_dir():
-        tars = sorted(where.glob("*.tar"))
-        return Shards(tars) if tars else list_folder(where)
-    if where.suffix == ".tar":
-        tars = expand(path)
-        missing = [tar for tar in tars if not tar.is_file()]
-        if missing or not tars:
-            first = f": {len(missing)} of {len(tars)} shards, first {missing[0]}" if tars else ""
-            raise FileNotFoundError(f"--data {path} is missing{first}. {FORMS}")
-        return Shards(tars)
-    if not where.exists():
-        raise FileNotFoundError(f"--data {path} is missing. {FORMS}")
-    if where.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"--data {path} is none of these. {FORMS}")
-    files = list_json(where)
-    if len(files) and not any(image.is_file() for image in files.images[:20]):
-        raise ValueError(
-            f"--data {path}: {files.images[0]} is missing, and so are those listed next; "
-            "paths are relative to the list"
-        )
-    return files
-
-
-# --- reading ahead -------------------------------------------------------------------------------
-
-
-class Ahead:
-    """The batches of these steps, in order; `workers` threads read two batches each in advance.
-
-        with Ahead(data, ids_of_step, workers, range(first, last)) as batches:
-            for batch in batches:
-
-    Threads suffice: pillow decodes and scales outside of the interpreter's lock. Without workers
-    each batch is read when asked for. An error comes with the batch it belongs to.
-    """
-
-    def __init__(
-        self,
-        data: Callable[[range], Pairs | Scenes],
-        ids_of_step: Callable[[int], range],
-        workers: int,
-        steps: Iterable[int],
-    ):
-        self.data, self.ids_of_step, self.steps = data, ids_of_step, iter(steps)
-        self.pool = ThreadPoolExecutor(workers, "data") if workers else None
-        self.waiting: deque[Future] = deque()
-        for _ in range(2 * workers):
-            self._ask()
-
-    def __iter__(self) -> Iterator[Pairs | Scenes]:
-        return self
-
-    def __next__(self) -> Pairs | Scenes:
-        if self.pool is None:
-            return self.data(self.ids_of_step(next(self.steps)))
-        if not self.waiting:
-            raise StopIteration
-        batch = self.waiting.popleft().result()
-        self._ask()
-        return batch
-
-    def __enter__(self) -> "Ahead":
-        return self
-
-    def __exit__(self, *_) -> None:
-        """Returns when no thread is left: what is being read is finished, what waits is dropped."""
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-            self.waiting.clear()
-
-    def _ask(self) -> None:
-        step = next(self.steps, None)
-        if step is not None:
-            self.waiting.append(self.pool.submit(self.data, self.ids_of_step(step)))

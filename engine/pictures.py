@@ -2,7 +2,7 @@
 
 save_png            one image, with its settings
 side_by_side        captions, and samples in columns
-exam_pictures       teacher and student from the same noise
+aligned             a table as text
 curves              losses and exams over a run
 points_and_graphs   the toy's: points in the plane, then graphs
 graphs_alone        lines, with bands over runs
@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
-from exam import Exam
-from measures import to_uint8
-from schedule import grid
+from measure.distances import to_uint8
 
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
@@ -64,24 +61,6 @@ def side_by_side(
     picture.save(path)
 
 
-def exam_pictures(
-    path: Path, exam: Exam, teacher: nn.Module, student: nn.Module, taus: tuple[float, ...]
-) -> None:
-    """Teacher 50, teacher and student with the student's number of steps, from the same noise."""
-    chosen, shown, K = (0, 1, 2, 3, 4, 6, 8, 9), 4, len(taus)  # captions, samples of each, steps
-    count = (max(chosen) + 1) * exam.samples
-    columns = {
-        "teacher, 50 steps (100 evaluations)": exam.floor,
-        f"teacher, {K} steps ({2 * K})": exam.sample(
-            teacher, grid(teacher.schedule, K), "euler", guided=True, count=count
-        ),
-        f"student, {K} steps ({K})": exam.sample(student, list(taus), "x0", count=count),
-    }
-    rows = torch.tensor([[i * exam.samples + k for k in range(shown)] for i in chosen])
-    captions = [exam.prompts[i * exam.samples] for i in chosen]
-    side_by_side(path, captions, {title: images[rows] for title, images in columns.items()})
-
-
 def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int = 256) -> None:
     """`side_by_side` for large images: shrunk until no side is longer than `side`.
 
@@ -93,6 +72,18 @@ def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int
         small = F.interpolate(images.flatten(0, 1), scale_factor=scale, mode="area")
         shrunk[title] = small.unflatten(0, images.shape[:2])
     side_by_side(path, captions, shrunk, scale=1)
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table of titles and rows, its columns but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(row: list[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "| " + " | ".join([row[0].ljust(widths[0]), *padded[1:]]) + " |"
+
+    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))
 
 
 def pyplot():

@@ -9,6 +9,7 @@ Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from zipfile import BadZipFile
 from zlib import crc32
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import ASSETS, HORIZONTAL, VERTICAL, DigitScenes
-from measures import frechet_distance, from_uint8, recall, round_8bit
-from nets.text import DIGITS, WORD_ID, SceneText, attributes
-from nets.vision import Verdict, load_judge
+from digits import ASSETS
+from digits.judge import Verdict, load_judge
+from digits.scenes import HORIZONTAL, VERTICAL, DigitScenes
+from digits.words import DIGITS, WORD_ID, SceneText, attributes
+from engine.pictures import aligned, side_by_side
+from measure.distances import frechet_distance, from_uint8, recall, round_8bit
 from nets.weights import digest
 from schedule import draw_samples, generator, grid, normal
 
@@ -194,6 +197,33 @@ class Exam:
         """What the teacher's 50 steps reach in the short exam."""
         return self.row(self.floor[: self.count // 4])
 
+    def table(
+        self, student: nn.Module, taus: tuple[float, ...], teacher: nn.Module | None
+    ) -> list[dict]:
+        """The rows of `exam_table`."""
+        return exam_table(self, student, taus, teacher)
+
+    def show(self, rows: list[dict]) -> str:
+        """Rows as text."""
+        return format_table(rows)
+
+    def pictures(
+        self, path: Path, teacher: nn.Module, student: nn.Module, taus: tuple[float, ...]
+    ) -> None:
+        """Teacher 50, teacher and student with the student's number of steps, one noise."""
+        chosen, shown, K = (0, 1, 2, 3, 4, 6, 8, 9), 4, len(taus)  # captions, samples of each
+        count = (max(chosen) + 1) * self.samples
+        columns = {
+            "teacher, 50 steps (100 evaluations)": self.floor,
+            f"teacher, {K} steps ({2 * K})": self.sample(
+                teacher, grid(teacher.schedule, K), "euler", guided=True, count=count
+            ),
+            f"student, {K} steps ({K})": self.sample(student, list(taus), "x0", count=count),
+        }
+        rows = torch.tensor([[i * self.samples + k for k in range(shown)] for i in chosen])
+        captions = [self.prompts[i * self.samples] for i in chosen]
+        side_by_side(path, captions, {title: images[rows] for title, images in columns.items()})
+
 
 def cached_samples(fingerprint: str) -> list[Tensor] | None:
     """What pretrain.py left in assets/; None if it is absent, or of other weights or questions."""
@@ -267,15 +297,3 @@ def format_table(rows: list[dict]) -> str:
         values = ["-" if row[key] is None else format(row[key], form) for key, _, form in COLUMNS]
         cells.append([row["name"], str(row["nfe"] or "-"), *values])
     return aligned(cells)
-
-
-def aligned(cells: list[list[str]]) -> str:
-    """A Markdown table of titles and rows, its columns but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(row: list[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "| " + " | ".join([row[0].ljust(widths[0]), *padded[1:]]) + " |"
-
-    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))

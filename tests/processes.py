@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-import parallel
 import train
+from engine import ranks
 
 PLACES = (Path(__file__).parent, Path(__file__).parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, PLACES))  # of the process that forks
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ranks"])
+FORKS.set_forkserver_preload(["processes"])
 
 
 def launch(function: Callable, world: int, printed: Path, *given) -> list[BaseProcess]:
@@ -94,8 +94,8 @@ def command(flags: Sequence, limit: int | None = None) -> None:
 @contextlib.contextmanager
 def ranks_of_torchrun():
     """This process among its peers."""
-    device = parallel.start()
+    device = ranks.start()
     try:
         yield device
     finally:
-        parallel.stop()
+        ranks.stop()

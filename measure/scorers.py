@@ -1,6 +1,6 @@
-"""The networks that judge images, and what they say of one sampler's beside the teacher's.
+"""The networks that score images, and what they say of one sampler's beside the teacher's.
 
-    locate_judges    their files, where they are not embedded
+    locate_scorers   their files
     load_inception   the FID's network, which takes a package of its own
     SCORERS          CLIPs that say how well an image fits its caption: their sizes and their views
     check_scorers    their files are those of these networks
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from measures import (
+from measure.distances import (
     bootstrap,
     clip_score,
     fit,
@@ -34,7 +34,7 @@ from measures import (
     vendi_score,
 )
 from nets.clip import CLIPConfig
-from nets.files import find_files
+from nets.files import SHARED, Files, find_files
 from nets.vision import (
     CLIP_OPEN_TEXT,
     CLIP_VIT_GIANT,
@@ -46,16 +46,13 @@ from nets.vision import (
     CLIPVisionConfig,
     load_clip_text,
     load_clip_vision,
-    load_judge,
     load_vit,
 )
 from nets.weights import first_line, places, read_tensors, safetensors_of
-from teachers import EMBEDDED, load_backbone
 
 # Its table of positions stretched as in the code that its features are published with.
 DINOV2 = replace(DINOV2_LARGE, positions="facebook", hooks=(), recompute=False)
-JUDGES = ("dinov2", "clip_vit", "clip_vit_tokenizer")  # in nets/files.py
-Files = dict[str, list[Path]]
+SHARED_FILES = ("dinov2", "clip_vit", "clip_vit_tokenizer")
 Features = dict[str, Tensor]  # per measure (P, S, D)
 Captions = dict[str, tuple[Tensor, float]]  # per score (P, 1, D), and what the cosine is times
 
@@ -79,11 +76,11 @@ SCORERS = {
 GIVEN = tuple(SCORERS)[1:]  # by the user: the first's file is found like the other judges'
 
 
-def locate_judges(teacher: str, weights: str = "") -> Files:
+def locate_scorers(weights: str = "") -> Files:
     """Their files. weights: a folder; "": the hub's cache, else downloaded."""
-    if teacher == "digits":
-        return {}
-    return find_files(teacher, JUDGES, Path(weights) if weights else None)
+    return find_files(
+        {name: SHARED[name] for name in SHARED_FILES}, Path(weights) if weights else None
+    )
 
 
 def load_inception(path: Path | None) -> nn.Module | None:
@@ -106,16 +103,12 @@ def load_inception(path: Path | None) -> nn.Module | None:
 
 
 def check_scorers(
-    teacher: str, files: Files, given: dict[str, Path], dtype: torch.dtype = torch.bfloat16
+    files: Files, given: dict[str, Path], dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Path]:
     """Per score its network's file, CLIP's own among them. ValueError or FileNotFoundError.
 
     Each is loaded once, and let go: what is wrong shows before images are drawn.
     """
-    if teacher == "digits":
-        if given:
-            raise ValueError(f"{next(iter(given))} reads 224 x 224 pixels; the digits have 16 x 16")
-        return {}
     paths = {title: safetensors_of(path) for title, path in given.items()}
     words = files["clip_vit_tokenizer"]
     for title, path in paths.items():
@@ -127,26 +120,19 @@ def check_scorers(
 
 
 def feature_nets(
-    teacher: str,
     files: Files,
     scorers: dict[str, Path],
     inception: nn.Module | None,
     device: torch.device,
+    own: dict[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """By measure: images (B, 3, H, W) in [0, 1] -> features (B, D).
 
-    The features of the first are also those of precision, recall and variety.
+    The features of the first are also those of precision, recall and variety. own: the teacher's,
+    in place of DINOv2's.
     """
-    if teacher == "digits":
-        judge, vit = (
-            load_judge()[0].to(device),
-            load_backbone("digits", EMBEDDED, torch.float32, device),
-        )
-        nets = {
-            "FD judge": lambda x: judge.judge(2 * x - 1).features,
-            "FD ViT": lambda x: vit(x)[:, 0],
-        }
-    else:
+    nets = own or {}
+    if not own:
         vit = load_vit(DINOV2, *files["dinov2"], device=device)
         unit = vit.cfg.patch
         nets = {

@@ -1,8 +1,8 @@
 """What each part of the method does on the embedded task: every combination of IDA, ISG and the
 discriminator, students trained for fewer steps, and a fake score that lags, over several seeds.
 
-    python ablation.py                            # every kind of run, seeds 0, 1 and 2
-    python ablation.py --kinds dmd all --seeds 0
+    python -m digits.ablation                            # every kind of run, seeds 0, 1 and 2
+    python -m digits.ablation --kinds dmd all --seeds 0
 
 A run is train.py with the flags of its kind, in a folder KIND-SEED. It has one thread, and --jobs
 run at once: another number of threads adds in another order, and so ends with another student. What
@@ -29,13 +29,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import STUDENT_STEPS, TEACHERS, Parser, refuse
-from exam import COLUMNS, Exam, aligned, exam_row, student_times
-from pictures import Graph, graphs_alone
+from config import Parser, refuse
+from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times
+from engine.pictures import Graph, graphs_alone
 from schedule import grid
-from teachers import EMBEDDED, load_student, load_teacher
+from teachers import find, read_student, student_taus
 
-PRESET = TEACHERS["digits"]
+TEACHER = find("digits")
+PRESET = TEACHER.preset
 KINDS = {  # title, flags of train.py
     "dmd": ("DMD", "--no-ida --no-isg --no-gan"),
     "ida": ("DMD + IDA", "--no-isg --no-gan"),
@@ -108,7 +109,7 @@ def rows_of(kind: str, seed: int, given: argparse.Namespace, exam: Exam, stop: E
 
 def key_of(flags: list[str], student: Path) -> str:
     """Of all that a run's rows depend on, but for the code."""
-    choices = repr((flags, PRESET, STUDENT_STEPS, COUNTS)).encode()
+    choices = repr((flags, PRESET, TEACHER.fewer, COUNTS)).encode()
     return hashlib.blake2b(choices + student.read_bytes(), digest_size=8).hexdigest()
 
 
@@ -123,7 +124,7 @@ def read_rows(kept: Path, flags: list[str], student: Path) -> list[dict]:
 
 def train(flags: list[str], folder: Path, stop: Event) -> None:
     """ChildProcessError with the last of what train.py said, if it did not come to its end."""
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", str(folder)]
+    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--out", str(folder)]
     env, log = os.environ | {"OMP_NUM_THREADS": "1"}, folder.with_suffix(".txt")
     with log.open("w") as said:
         began = os.fstat(said.fileno()).st_mtime_ns
@@ -145,9 +146,9 @@ def train(flags: list[str], folder: Path, stop: Event) -> None:
 
 def examine(exam: Exam, path: Path) -> list[dict]:
     """The student's rows, at each of COUNTS."""
-    student, about = load_student(path, *HOW)
-    student.requires_grad_(False).eval()
-    taus = tuple(json.loads(about["taus"]))
+    about = read_student(path)
+    student = TEACHER.load(float(about["shift"]), path, *HOW).requires_grad_(False).eval()
+    taus = student_taus(about)
     times = [student_times(student, taus, steps) for steps in COUNTS]
     return [exam_row(exam, "student", student, given, "x0") for given in times]
 
@@ -234,7 +235,8 @@ def main() -> None:
     try:
         given.out.mkdir(parents=True, exist_ok=True)
         exam = Exam(PRESET.guidance)
-        teacher = load_teacher("digits", PRESET.shift, EMBEDDED, *HOW).requires_grad_(False).eval()
+        teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"], *HOW)
+        teacher.requires_grad_(False).eval()
         exam.ask_teacher(teacher)
         students = run_all(given, exam)
         rows = teacher_rows(exam, teacher)

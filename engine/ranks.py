@@ -2,9 +2,9 @@
 
     start, stop, rank, world          one process is a world of one; torchrun makes more
     choose_mesh                       whole copies on every rank, or shards, by size or by flag
-    home, shard, shard_heads          a network is loaded once and dealt out, tensor by tensor
+    shard, shard_heads                a network is loaded once and dealt out, tensor by tensor
     gather, whole_heads               and comes together again
-    exchange                          whether copies exchange their gradients in this backward pass
+    sync_gradients                    whether copies exchange their gradients in this backward pass
     agree, on_all_ranks               what all ranks must do alike
     recompute                         activations of a network's blocks are not kept
     save_checkpoint, load_checkpoint  into a temporary folder, checked, renamed
@@ -22,26 +22,15 @@ read on any number of ranks.
 """
 
 import functools
-import hashlib
-import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -170,7 +159,7 @@ def wants_shards(weights: int, memory: float) -> bool:
     return TRAINED * weights > SHARE * memory
 
 
-def home(mesh: DeviceMesh | None, device: torch.device) -> torch.device:
+def staging_device(mesh: DeviceMesh | None, device: torch.device) -> torch.device:
     """Where a network is loaded that `shard` will deal out: the memory of rank 0's host."""
     if mesh is None:
         return device
@@ -180,19 +169,19 @@ def home(mesh: DeviceMesh | None, device: torch.device) -> torch.device:
 def shard(net: nn.Module, mesh: DeviceMesh | None, device: torch.device, bf16: bool) -> None:
     """Block by block, then the rest. bf16: to compute in; the weights stay as they are."""
     if mesh is not None:
-        deal_out(net, [*net.blocks(), net], mesh, device, torch.bfloat16 if bf16 else None)
+        shard_units(net, [*net.blocks(), net], mesh, device, torch.bfloat16 if bf16 else None)
 
 
 def shard_heads(heads: nn.ModuleList, mesh: DeviceMesh | None, device: torch.device) -> None:
     """The discriminator's, which compute in fp32."""
     if mesh is not None:
-        deal_out(heads, [*heads], mesh, device, None)
+        shard_units(heads, [*heads], mesh, device, None)
         for head in heads:
             register_fsdp_forward_method(head, "condition")
 
 
 @torch.no_grad()
-def deal_out(
+def shard_units(
     net: nn.Module,
     units: list[nn.Module],
     mesh: DeviceMesh,
@@ -256,7 +245,7 @@ def is_shared(net: nn.Module) -> bool:
     return isinstance(net, FSDPModule)
 
 
-def exchange(net: nn.Module, last: bool) -> None:
+def sync_gradients(net: nn.Module, last: bool) -> None:
     """Copies exchange gradients in the last backward pass before an update, not in those before.
 
     Shards of one copy do in each: whole gradients to be added up would not fit. So do the heads: a
@@ -273,121 +262,3 @@ def recompute(net: nn.Module) -> None:
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
-
-
-def state_of(nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """All tensors of a run by name. An optimizer belongs to the network of its name."""
-    state = {f"net.{name}": get_model_state_dict(net) for name, net in nets.items()}
-    return state | {
-        f"opt.{name}": get_optimizer_state_dict(nets[name], o) for name, o in optimizers.items()
-    }
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    nets: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    extra: dict,
-    keep: int,
-) -> None:
-    """folder/step-N, complete or absent; then the oldest beyond `keep` go.
-
-    extra: anything JSON holds. OSError, on all ranks, if it cannot be written; nothing of it is
-    left then, and the checkpoints before it are as they were.
-    """
-    final, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.part"
-    alone = not dist.is_initialized()
-
-    def prepare() -> None:
-        if rank() == 0:
-            for left_over in folder.glob("step-*.part"):  # of a save that was interrupted
-                shutil.rmtree(left_over)
-            part.mkdir(parents=True)
-
-    def write() -> None:
-        with quiet():
-            dcp.save(state_of(nets, optimizers), checkpoint_id=part, no_dist=alone)
-        if rank() == 0:
-            (part / "extra.json").write_text(json.dumps({"step": step, **extra}))
-
-    def finish() -> None:
-        if rank() == 0:
-            (part / "digests.json").write_text(json.dumps(listed))
-            sync(part / "digests.json")
-            sync(part)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(part, final)
-            sync(folder)
-            for old in checkpoints(folder)[keep:]:
-                shutil.rmtree(old)
-
-    try:
-        on_all_ranks(prepare)
-        on_all_ranks(write)
-        listed = digests(part)
-        on_all_ranks(finish)
-    except OSError as error:
-        if rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{final} cannot be written, is the disk full? ({error})") from None
-
-
-def load_checkpoint(
-    folder: Path, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> tuple[dict | None, list[str]]:
-    """Restores the newest sound checkpoint in place.
-
-    Returns its extra, None if there is none, and remarks for the user.
-    """
-    remarks = []
-    for path in checkpoints(folder):
-        if not sound(path):
-            remarks.append(f"{path} is damaged; using the checkpoint before it")
-            continue
-        state = state_of(nets, optimizers)
-        with quiet():
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        for name, net in nets.items():
-            set_model_state_dict(net, state[f"net.{name}"])
-        for name, optimizer in optimizers.items():
-            set_optimizer_state_dict(nets[name], optimizer, state[f"opt.{name}"])
-        return json.loads((path / "extra.json").read_text()), remarks
-    return None, remarks
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Newest first, sound or not."""
-    return sorted(folder.glob("step-????????"), reverse=True)
-
-
-def digests(path: Path) -> dict[str, str]:
-    """Of every file in a checkpoint, each flushed to disk first; every rank reads its share."""
-    files = sorted(p for p in path.iterdir() if p.name != "digests.json")
-    every = on_all_ranks(lambda: {p.name: digest(p) for p in files[rank() :: world()]})
-    return dict(sorted(pair for some in every for pair in some.items()))
-
-
-def digest(path: Path) -> str:
-    sync(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def sound(path: Path) -> bool:
-    listed = path / "digests.json"
-    return listed.is_file() and listed.read_text() == json.dumps(digests(path))
-
-
-def sync(path: Path) -> None:
-    """Flushes a file, or a folder's list of files, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def quiet() -> warnings.catch_warnings:
-    """torch.distributed.checkpoint remarks on being used by a single process."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -1,7 +1,7 @@
 """How the embedded networks were made. Writes judge, backbone, teacher, teacher_samples to assets/.
 
-    python pretrain.py            # all, about half an hour on two cores
-    python pretrain.py teacher    # one of them: judge | backbone | teacher | samples
+    python -m digits.pretrain            # all, about half an hour on two cores
+    python -m digits.pretrain teacher    # one of them: judge | backbone | teacher | samples
 
 judge      a CNN that reads scenes, the evaluator: first on clean scenes, then on blends with other
            scenes, for an evaluator that never saw ghosts does not see them
@@ -23,19 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import TEACHERS, Parser
-from data import ASSETS, DigitScenes, Scenes
-from exam import Exam, read_scene
+from config import Parser
+from digits import ASSETS
+from digits.exam import Exam, read_scene
+from digits.judge import Judge
+from digits.scenes import DigitScenes, Scenes
+from digits.words import SceneText
 from ida import ida_update
-from measures import to_uint8
+from measure.distances import to_uint8
 from model import MMDiT
-from nets.text import SceneText
-from nets.vision import DIGITS_VIT, Judge, ViT
+from nets.vision import ViT
 from nets.weights import save_weights
 from schedule import generator, grid
-from teachers import build, load_teacher
+from teachers import find
 
 SEED = 0
+TEACHER = find("digits")
+PRESET, BACKBONE = TEACHER.preset, TEACHER.backbone()
 
 
 def cosine(i: int, steps: int, warmup: int) -> float:
@@ -139,11 +143,11 @@ def train_judge(
 def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None:
     torch.manual_seed(SEED)
     draw, scenes = generator(SEED, "backbone"), DigitScenes(seed=3)
-    vit = ViT(DIGITS_VIT)
+    vit = ViT(BACKBONE)
     nn.init.normal_(vit.cls_token, std=0.02)
     nn.init.normal_(vit.pos_embed, std=0.2)
-    read = nn.Linear(DIGITS_VIT.width, 2 + 20 + 12)
-    paint = nn.Linear(DIGITS_VIT.width, 3 * DIGITS_VIT.patch**2)
+    read = nn.Linear(BACKBONE.width, 2 + 20 + 12)
+    paint = nn.Linear(BACKBONE.width, 3 * BACKBONE.patch**2)
     optimizer = torch.optim.AdamW(
         [*vit.parameters(), *read.parameters(), *paint.parameters()], lr=lr, weight_decay=0.05
     )
@@ -158,7 +162,7 @@ def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None
         loss_read = reading_loss(
             sample, axis, digits.unflatten(-1, (2, 10)), colours.unflatten(-1, (2, 6))
         )
-        patches = F.pixel_unshuffle(clean, DIGITS_VIT.patch).flatten(2).transpose(1, 2)
+        patches = F.pixel_unshuffle(clean, BACKBONE.patch).flatten(2).transpose(1, 2)
         loss_paint = F.mse_loss(paint(tokens[:, 1:]), patches)
         set_lr(optimizer, lr * cosine(i, steps, 100))
         optimizer.zero_grad()
@@ -202,9 +206,9 @@ def train_teacher(
     """Flow matching with logit-normal times; Muon on the blocks' matrices, AdamW on the rest."""
     torch.manual_seed(SEED)
     draw, scenes, text = generator(SEED, "teacher"), DigitScenes(seed=0), SceneText()
-    net = build("digits", TEACHERS["digits"].shift)
+    net = TEACHER.build(PRESET.shift)
     init_teacher(net)
-    ema = build("digits", TEACHERS["digits"].shift)
+    ema = TEACHER.build(PRESET.shift)
     ema.load_state_dict(net.state_dict())
     matrices = [p for p in net.joint_blocks.parameters() if p.ndim == 2]
     rest = [p for p in net.parameters() if not any(p is q for q in matrices)]
@@ -246,8 +250,8 @@ def train_teacher(
 
 def save_samples() -> None:
     """The teacher's guided 50-step samples, two seeds: every exam would spend a minute on them."""
-    cfg = TEACHERS["digits"]
-    teacher, exam = load_teacher("digits", cfg.shift), Exam(cfg.guidance)
+    teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"])
+    exam = Exam(PRESET.guidance)
     taus = grid(teacher.schedule, 50)
     images = {
         f"seed{s}": to_uint8(exam.sample(teacher, taus, "euler", guided=True, seed=s)).numpy()

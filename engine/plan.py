@@ -30,15 +30,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from torch.utils.weak import WeakIdKeyDictionary
 
 import model
-import parallel
 from config import Config
 from discriminator import Discriminator, disc_loss, gan_loss
-from nets.clip import CLIP, CLIP_LENGTH
-from nets.text import SLOTS, T5, T5_LENGTH, SceneText
+from engine import ranks
+from nets.clip import CLIP
 from nets.vae import VAE, Pixels
 from nets.vision import ViT
 from schedule import Cond, grid
-from teachers import NETWORKS, build, check_size, latent_shape, uses_null
+from teachers import Teacher, find
 
 PARTS = ("student", "fake", "teacher", "discriminator", "VAE", "text")
 RESERVE = 4e9  # bytes that torch cannot hand out: CUDA's context, NCCL's buffers, fragmentation
@@ -58,7 +57,7 @@ class Turn:
 def turns(cfg: Config) -> list[tuple[float, Turn]]:
     """Every kind of iteration and its probability."""
     with torch.device("meta"):
-        schedule = build(cfg.teacher, cfg.shift).schedule
+        schedule = find(cfg.teacher).build(cfg.shift).schedule
     found = []
     for i, tau in enumerate(cfg.taus or grid(schedule, cfg.student_steps)):
         judged = cfg.w_gan > 0 and bool(schedule.alpha(torch.tensor(tau, device="cpu")) > 0)
@@ -239,62 +238,41 @@ def hollow(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     return net
 
 
-def tokens(teacher: str) -> int:
-    """Text tokens that the denoiser reads."""
-    if teacher == "digits":
-        return len(SLOTS)
-    clip = 0 if teacher.startswith("flux") else CLIP_LENGTH
-    return clip + T5_LENGTH.get(teacher, 0)
-
-
-def conditioning(teacher: str, batch: int, dtype: torch.dtype) -> Cond:
+def conditioning(family: Teacher, batch: int, dtype: torch.dtype) -> Cond:
     """Random text, as its encoders would have made it."""
-    cfg = NETWORKS[teacher].denoiser
-    cond = {"context": torch.randn(batch, tokens(teacher), cfg.context_width, dtype=dtype)}
-    if cfg.pooled_width:
-        cond["pooled"] = torch.randn(batch, cfg.pooled_width, dtype=dtype)
-    return cond
+    shapes = family.cond_shapes().items()
+    return {name: torch.randn(batch, *shape, dtype=dtype) for name, shape in shapes}
 
 
 def networks(cfg: Config) -> dict[str, list[nn.Module]]:
     """By part, on the meta device; only what is trained wants a gradient."""
-    sizes, student = NETWORKS[cfg.teacher], build(cfg.teacher, cfg.shift)
-    if isinstance(student, model.Flux):
-        with torch.no_grad():
-            model.silence_guidance(student)
+    family = find(cfg.teacher)
+    student, vae = family.build(cfg.shift), family.sizes.vae
+    with torch.no_grad():
+        family.start(student)
     if cfg.recompute:
-        parallel.recompute(student)
-    encoders = [CLIP(clip) for clip in (sizes.clip_l, sizes.clip_g) if clip]
-    encoders += [T5(sizes.t5)] if sizes.t5 and cfg.t5 else []
+        ranks.recompute(student)
     found = {
         "student": [student],
-        "teacher": [build(cfg.teacher, cfg.shift)],
-        "VAE": [VAE(sizes.vae) if sizes.vae else Pixels()],
-        "text": encoders,
+        "teacher": [family.build(cfg.shift)],
+        "VAE": [VAE(vae) if vae else Pixels()],
+        "text": [net for net, _ in family.text_networks(cfg.t5)],
     }
     if cfg.w_gan:
-        width = sizes.backbone.width
-        disc = Discriminator(
-            ViT(sizes.backbone), width, 1, text_width(cfg.teacher), cfg.disc_channels
-        )
-        disc.heads.extend(copy.deepcopy(disc.heads[0]) for _ in sizes.backbone.hooks)  # all alike
-        reader = [] if cfg.teacher == "digits" else [CLIP(sizes.reader)]
+        backbone, reader = family.backbone(), family.reader()
+        words = family.embedding_width()
+        disc = Discriminator(ViT(backbone), backbone.width, 1, words, cfg.disc_channels)
+        disc.heads.extend(copy.deepcopy(disc.heads[0]) for _ in backbone.hooks)  # all alike
         found |= {
             "backbone": [disc.backbone],
             "heads": [disc.heads],
             "disc": [disc],
-            "reader": reader,
+            "reader": [CLIP(reader)] if reader else [],
         }
     for part in ("teacher", "VAE", "text"):
         for net in found[part]:
             net.requires_grad_(False)
     return found
-
-
-def text_width(teacher: str) -> int:
-    """Of what the discriminator reads of a caption."""
-    reader = NETWORKS[teacher].reader
-    return SceneText.pooled_width if teacher == "digits" else reader.embedding or reader.width
 
 
 @dataclass(frozen=True)
@@ -343,12 +321,15 @@ def call_table(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]
 def denoiser_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
     """And the text encoders'."""
     (student,), (teacher,), encoders = nets["student"], nets["teacher"], nets["text"]
-    batch, shape = cfg.batch, latent_shape(cfg.teacher, cfg.size)
-    many = batch * (1 + uses_null(cfg.teacher))  # with and without text, in one call
+    family = find(cfg.teacher)
+    batch, shape = cfg.batch, family.latent_shape(cfg.size)
+    many = batch * (1 + family.uses_null)  # with and without text, in one call
     x_t, t = torch.randn(many, *shape), torch.rand(many)
-    cond = conditioning(cfg.teacher, many, torch.bfloat16 if cfg.bf16 else torch.float32)
-    scale = {"guidance": t} if cfg.teacher == "flux-dev" else {}
+    cond = conditioning(family, many, torch.bfloat16 if cfg.bf16 else torch.float32)
+    scale = {"guidance": t} if family.guided_by == "input" else {}
     own = {name: value[:batch] for name, value in cond.items()}
+    with torch.device("meta"):
+        lengths = [tokens for _, tokens in family.text_networks(cfg.t5)]
 
     def draw() -> list[Tensor]:
         return [student(x_t[:batch], t[:batch], own)]
@@ -357,8 +338,7 @@ def denoiser_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, C
         return [teacher(x_t, t, cond | scale)]
 
     def read() -> list[Tensor]:
-        long = {CLIP: CLIP_LENGTH, T5: T5_LENGTH.get(cfg.teacher, 0)}
-        ids = [torch.zeros(batch, long[type(net)], dtype=torch.long) for net in encoders]
+        ids = [torch.zeros(batch, n, dtype=torch.long, device=x_t.device) for n in lengths]
         return tree_leaves([net(i) for net, i in zip(encoders, ids, strict=True)])
 
     return {
@@ -370,7 +350,7 @@ def denoiser_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, C
 
 
 def vae_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
-    (vae,), shape = nets["VAE"], latent_shape(cfg.teacher, cfg.size)
+    (vae,), shape = nets["VAE"], find(cfg.teacher).latent_shape(cfg.size)
     image = torch.rand(cfg.batch, 3, *cfg.size)
     latent = torch.randn(cfg.batch, *shape, requires_grad=True)
 
@@ -387,7 +367,7 @@ def vae_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
 def disc_calls(cfg: Config, nets: dict[str, list[nn.Module]]) -> dict[str, Call]:
     (disc,), batch = nets["disc"], cfg.batch
     image = torch.rand(batch, 3, *cfg.size, requires_grad=True)
-    text, weight = torch.randn(batch, text_width(cfg.teacher)), torch.rand(batch)
+    text, weight = torch.randn(batch, find(cfg.teacher).embedding_width()), torch.rand(batch)
     maps = [x.detach() for x in disc.features(image.detach())]
     made = [x.clone().requires_grad_() for x in maps]
 
@@ -427,9 +407,10 @@ def resident(
     frozen = 2 if cfg.bf16 else 4
     heads, copies = nets.get("heads", []), 2 + (cfg.ema > 0)
     learning = 2 * count_trained(nets["student"]) + count_trained(heads)
-    pixels, latents = 3 * cfg.size[0] * cfg.size[1], latent_shape(cfg.teacher, cfg.size)
-    cond = conditioning(cfg.teacher, cfg.batch, torch.bfloat16 if cfg.bf16 else torch.float32)
-    words = sum(x.nbytes for x in cond.values()) * (1 + uses_null(cfg.teacher))
+    family = find(cfg.teacher)
+    pixels, latents = 3 * cfg.size[0] * cfg.size[1], family.latent_shape(cfg.size)
+    cond = conditioning(family, cfg.batch, torch.bfloat16 if cfg.bf16 else torch.float32)
+    words = sum(x.nbytes for x in cond.values()) * (1 + family.uses_null)
     return {
         "student and fake score, fp32": 4 * copies * count(nets["student"]) // gpus,
         "heads of the discriminator, fp32": 4 * count(heads) // gpus,
@@ -664,7 +645,7 @@ def show_plan(cfg: Config, given: argparse.Namespace) -> int:
 
     Raises ValueError on what cannot be.
     """
-    check_size(cfg.teacher, cfg.size)
+    find(cfg.teacher).check_size(cfg.size)
     if given.gpus < 1:
         raise ValueError(f"--gpus is {given.gpus}; it must be at least 1")
     if not given.gpu_memory > 0:

@@ -1,10 +1,8 @@
 """What frozen networks make of the data set, computed once: text embeddings and latents.
 
-    claim         a folder for one purpose
-    write_cache   every sample of an epoch, in shards; continues where it was interrupted
-    Cache         the rows of a batch, by what its samples are
-    frozen_rows   what is kept: text embeddings and latents
-    fill_cache    --cache: written where it is not, then read
+    check_purpose   a folder is for one purpose
+    write_cache     every sample of an epoch, in shards; continues where it was interrupted
+    Cache           the rows of a batch, by what its samples are
 
 A cache is a folder with `about.json`, what it was made for, and shards of SHARD samples. A sample
 is found by a digest of its caption, sizes and pixels, so a cache never answers for other data.
@@ -21,15 +19,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-from config import Config
-from images import Pairs
+from dataset.images import Pairs
 from nets.weights import open_weights
-from schedule import Cond
-from teachers import encode, load_reader, load_text, load_vae, locate, uncropped, uses_null
 
 SHARD = 256  # samples in a file: with FLUX's text 1 GiB
 
@@ -46,7 +40,7 @@ def digests(pairs: Pairs) -> list[str]:
     return found
 
 
-def claim(folder: Path, about: dict) -> None:
+def check_purpose(folder: Path, about: dict) -> None:
     """Makes the folder, or checks that it was made for the same. Raises ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "about.json"
@@ -131,70 +125,3 @@ class Cache:
             names = file.keys()
             found.append({name: file.get_slice(name)[row : row + 1] for name in names})
         return {name: torch.cat([row[name] for row in found]).to(device) for name in found[0]}
-
-
-# --- for training --------------------------------------------------------------------------------
-
-
-def frozen_rows(
-    pairs,
-    text: nn.Module,
-    reader: nn.Module | None,
-    vae: nn.Module,
-    cfg: Config,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Text and latents of a batch; what a cache keeps of it."""
-    sizes = uncropped(cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
-    cond = encode(text, pairs.captions, device, sizes)
-    rows = {f"cond.{name}": tensor for name, tensor in cond.items()}
-    if reader:
-        rows["reader"] = reader.embedding(pairs.captions, device)
-    if pairs.images is not None:
-        parts = pairs.images.to(device).split(cfg.batch)
-        rows["latent"] = torch.cat([vae.encode(part) for part in parts])
-    return rows
-
-
-def cond_of(rows: dict[str, Tensor]) -> Cond:
-    """What of it is the denoiser's."""
-    return {name.removeprefix("cond."): x for name, x in rows.items() if name.startswith("cond.")}
-
-
-@torch.no_grad()
-def fill_cache(cfg: Config, data, device: torch.device) -> Cache:
-    """--cache: computed where it is not there yet, by all ranks; then only read."""
-    if cfg.teacher == "digits" or cfg.crop == "random":
-        why = "the embedded task has" if cfg.teacher == "digits" else "--crop random leaves"
-        raise ValueError(f"--cache {cfg.cache}: {why} nothing to keep")
-    if cfg.buckets:  # at the border of two, an image is cropped otherwise in every epoch
-        raise ValueError(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
-    folder, count = Path(cfg.cache), data.epochs.length
-    about = {"teacher": cfg.teacher, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
-    about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
-    claim(folder, about)
-    if not parallel.agree(
-        complete(folder, count, uses_null(cfg.teacher)), device
-    ):  # asked before any rank writes
-        files = locate(cfg.teacher, cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
-        how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
-        text, vae = load_text(cfg.teacher, files, *how), load_vae(cfg.teacher, files, *how)
-        reader = load_reader(cfg.teacher, files, *how) if cfg.w_gan else None
-        if uses_null(cfg.teacher) and parallel.rank() == 0:
-            null = encode(text, [""], device, uncropped(cfg.size))
-            save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
-        around = (text, reader, vae, cfg, device)
-        share = (parallel.rank(), parallel.world())
-        write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
-        parallel.barrier()
-    return Cache(folder)
-
-
-def read_null(cfg: Config, text: nn.Module | None, device: torch.device) -> Cond | None:
-    """The null caption, from the text encoders or the cache."""
-    if not uses_null(cfg.teacher):
-        return None
-    if text:
-        return encode(text, [""], device, uncropped(cfg.size))
-    with open_weights(Path(cfg.cache) / "null.safetensors") as file:
-        return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118

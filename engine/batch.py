@@ -1,0 +1,139 @@
+"""A batch: images as latents, captions as cond, and what the discriminator reads of them.
+
+    Batch         what train_step takes; `split` cuts it into parts
+    ids_of        which samples a rank takes at a step
+    load_batch    from the frozen networks, or from a cache of what they made
+    frozen_rows   what they make of samples
+    fill_cache    --cache: written where it is not there yet, by all ranks; then only read
+
+B batch, C h w latent, E width of the discriminator's text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import Config
+from dataset.ahead import batch_ids
+from dataset.cache import Cache, check_purpose, complete, write_cache
+from engine import ranks
+from nets.weights import open_weights
+from schedule import Cond
+from teachers import Teacher, uncropped
+
+
+@dataclass
+class Batch:
+    ids: range  # global sample numbers
+    images: Tensor | None  # (B, 3, H, W) in [-1, 1]; None: captions alone
+    x0_real: Tensor  # (B, C, h, w)
+    cond: Cond
+    uncond: Cond | None
+    text: Tensor | None  # (B, E), what the discriminator reads of the caption
+
+    def split(self, count: int) -> list["Batch"]:
+        """`count` equal parts, in order."""
+
+        def cut(x: Tensor | None) -> Sequence[Tensor | None]:
+            return [None] * count if x is None else x.chunk(count)
+
+        def cut_all(cond: Cond | None) -> Sequence[Cond | None]:
+            if cond is None:
+                return [None] * count
+            parts = zip(*map(cut, cond.values()), strict=True)
+            return [dict(zip(cond, part, strict=True)) for part in parts]
+
+        each = len(self.ids) // count
+        ids = [self.ids[k * each : (k + 1) * each] for k in range(count)]
+        tensors = (cut(self.images), cut(self.x0_real), cut_all(self.cond), cut_all(self.uncond))
+        return [Batch(*part) for part in zip(ids, *tensors, cut(self.text), strict=True)]
+
+
+def ids_of(cfg: Config, step: int) -> range:
+    """This rank's samples of a step, all parts of its batch."""
+    return batch_ids(step, cfg.accumulate * cfg.batch, ranks.rank(), ranks.world())
+
+
+@torch.no_grad()
+def load_batch(ids: range, pairs, nets, cfg: Config, device: torch.device) -> Batch:
+    """pairs: captions and images of these samples; nets: the frozen networks, see build.py."""
+    if nets.cache:
+        rows = nets.cache.rows(pairs, device)
+    else:
+        rows = frozen_rows(pairs, nets.text, nets.reader, nets.vae, cfg, device)
+    cond = cond_of(rows)
+    uncond = nets.family.null_for(nets.null, cond) if nets.null else None
+    if pairs.images is None:
+        x0_real = torch.zeros(len(ids), *nets.family.latent_shape(cfg.size), device=device)
+        return Batch(ids, None, x0_real, cond, uncond, None)
+    x0_real = rows["latent"].to(device, torch.float32)
+    return Batch(ids, pairs.images.to(device), x0_real, cond, uncond, rows.get("reader"))
+
+
+def frozen_rows(
+    pairs,
+    text: nn.Module,
+    reader: nn.Module | None,
+    vae: nn.Module,
+    cfg: Config,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Text and latents of a batch; what a cache keeps of it."""
+    sizes = uncropped(cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
+    cond = text(pairs.captions, device, sizes)
+    rows = {f"cond.{name}": tensor for name, tensor in cond.items()}
+    if reader:
+        rows["reader"] = reader.embedding(pairs.captions, device)
+    if pairs.images is not None:
+        parts = pairs.images.to(device).split(cfg.batch)
+        rows["latent"] = torch.cat([vae.encode(part) for part in parts])
+    return rows
+
+
+def cond_of(rows: dict[str, Tensor]) -> Cond:
+    """What of it is the denoiser's."""
+    return {name.removeprefix("cond."): x for name, x in rows.items() if name.startswith("cond.")}
+
+
+@torch.no_grad()
+def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cache:
+    """ValueError where there is nothing to keep, or the folder was made for something else."""
+    if family.own_data or cfg.crop == "random":
+        why = f"{family.own_data} has" if family.own_data else "--crop random leaves"
+        raise ValueError(f"--cache {cfg.cache}: {why} nothing to keep")
+    if cfg.buckets:  # at the border of two, an image is cropped otherwise in every epoch
+        raise ValueError(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
+    folder, count = Path(cfg.cache), data.epochs.length
+    about = {"teacher": family.name, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
+    about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
+    check_purpose(folder, about)
+    there = complete(folder, count, family.uses_null)
+    if not ranks.agree(there, device):  # asked before any rank writes
+        files = family.locate(cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
+        how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
+        text, vae = family.load_text(files, *how), family.load_vae(files, *how)
+        reader = family.load_reader(files, *how) if cfg.w_gan else None
+        if family.uses_null and ranks.rank() == 0:
+            null = text([""], device, uncropped(cfg.size))
+            save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
+        around = (text, reader, vae, cfg, device)
+        share = (ranks.rank(), ranks.world())
+        write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
+        ranks.barrier()
+    return Cache(folder)
+
+
+def read_null(
+    cfg: Config, family: Teacher, text: nn.Module | None, device: torch.device
+) -> Cond | None:
+    """The null caption, from the text encoders or the cache; None: guidance needs none."""
+    if not family.uses_null:
+        return None
+    if text:
+        return text([""], device, uncropped(cfg.size))
+    with open_weights(Path(cfg.cache) / "null.safetensors") as file:
+        return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118

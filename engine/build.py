@@ -1,0 +1,167 @@
+"""What a run is built of: networks, optimizers, data.
+
+Nets, build_nets           student, fake score, teacher, discriminator and what stands around
+Learner, build_learners    a trained network and its optimizer
+precision                  bf16 on one device
+open_training_data         the teacher's own, or what --data names
+whole_net                  a denoiser that a rank can call alone
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from dataset.cache import Cache
+from dataset.images import Images
+from dataset.sources import Prompts, open_data
+from discriminator import Discriminator
+from engine import ranks
+from engine.batch import read_null
+from nets.files import Files
+from schedule import Cond, generator, grid
+from teachers import Teacher, find
+
+
+@dataclass
+class Nets:
+    family: Teacher  # whose network is distilled
+    student: nn.Module
+    fake: nn.Module
+    teacher: nn.Module
+    disc: Discriminator | None
+    vae: nn.Module
+    ema: nn.Module  # the student's moving average; the student itself without one
+    text: nn.Module | None = None  # captions -> cond; None with a cache
+    reader: nn.Module | None = None  # captions -> what the discriminator reads of them; likewise
+    null: Cond | None = None  # the null caption, encoded once; None: guidance needs none
+    cache: Cache | None = None
+
+    def trained(self) -> dict[str, nn.Module]:
+        """By name, the average too."""
+        nets = {"student": self.student, "fake": self.fake}
+        nets |= {"disc": self.disc.heads} if self.disc else {}
+        return nets | ({"ema": self.ema} if self.ema is not self.student else {})
+
+
+@dataclass
+class Learner:
+    """A network, its optimizer and the learning rate its schedule multiplies."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr: float
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def anchors(cfg: Config, schedule) -> tuple[float, ...]:
+    """The student's taus, descending from pure noise."""
+    return cfg.taus or tuple(grid(schedule, cfg.student_steps))
+
+
+def open_training_data(cfg: Config, family: Teacher):
+    """The data set; ValueError or OSError for what cannot be trained on."""
+    family.check_size(cfg.size)
+    own = family.data(cfg.seed)
+    if own is not None:
+        if cfg.buckets:
+            raise ValueError(f"--buckets: {family.name} has no images of several shapes")
+        return own
+    batch = cfg.batch * cfg.accumulate
+    data = open_data(cfg.data, cfg.size, cfg.seed, cfg.crop, cfg.buckets, batch)
+    if cfg.buckets and not isinstance(data, Images):
+        raise ValueError(f"--buckets: {cfg.data} has no images of several shapes")
+    for size in data.sizes if cfg.buckets else ():
+        family.check_size(size)
+    if isinstance(data, Prompts) and cfg.w_gan:
+        raise ValueError(f"--data {cfg.data} has no images to judge by; add --no-gan")
+    return data
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) -> Nets:
+    """Student, fake score and average begin as the teacher. ValueError, OSError for a bad file.
+
+    Several ranks share what is trained, as copies or as shards, and in shards the teacher too.
+    """
+    family = find(cfg.teacher)
+    files = family.locate(cfg.weights, text=not cache, t5=cfg.t5, disc=cfg.w_gan > 0)
+    frozen = torch.bfloat16 if cfg.bf16 else torch.float32
+    disc = build_disc(cfg, family, files, frozen, device) if cfg.w_gan else None
+    mesh = ranks.choose_mesh(cfg.shard, count_trained(cfg, family, disc), device)
+    if disc:
+        ranks.shard_heads(disc.heads, mesh, device)
+    staging = ranks.staging_device(mesh, device)
+    student = family.load(cfg.shift, files["denoiser"], torch.float32, staging)
+    with torch.no_grad():
+        family.start(student)
+
+    def twin() -> nn.Module:
+        net = copy.deepcopy(student)
+        ranks.shard(net, mesh, device, cfg.bf16)
+        return net
+
+    fake, ema = twin(), twin().requires_grad_(False) if cfg.ema else student
+    ranks.shard(student, mesh, device, cfg.bf16)
+    if cfg.recompute:
+        ranks.recompute(student)
+        ranks.recompute(fake)
+    sharded = mesh if mesh and mesh.size(-1) > 1 else None  # a frozen network has no need of copies
+    staging = ranks.staging_device(sharded, device)
+    teacher = family.load(cfg.shift, files["denoiser"], frozen, staging).requires_grad_(False)
+    ranks.shard(teacher, sharded, device, cfg.bf16)
+    vae = family.load_vae(files, frozen, device)
+    text = None if cache else family.load_text(files, frozen, device)
+    reading = cfg.w_gan and not cache
+    reader = family.load_reader(files, frozen, device) if reading else None
+    null = read_null(cfg, family, text, device)
+    return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, null, cache)
+
+
+def count_trained(cfg: Config, family: Teacher, disc: Discriminator | None) -> int:
+    """Weights of student, fake score and the discriminator's heads."""
+    with torch.device("meta"):
+        net = family.build(cfg.shift)
+    heads = [disc.heads] if disc else []
+    return sum(p.numel() for part in (net, net, *heads) for p in part.parameters())
+
+
+def build_disc(
+    cfg: Config, family: Teacher, files: Files, dtype: torch.dtype, device: torch.device
+) -> Discriminator:
+    backbone = family.load_backbone(files, dtype, device)
+    torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
+    maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
+    disc = Discriminator(backbone, width, maps, family.embedding_width(), cfg.disc_channels)
+    return disc.to(device)
+
+
+def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
+    def learner(net: nn.Module, lr: float) -> Learner:
+        trained = [p for p in net.parameters() if p.requires_grad]
+        settings = {"betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
+        return Learner(net, torch.optim.AdamW(trained, lr=lr, **settings), lr)
+
+    learners = {"student": learner(nets.student, cfg.lr), "fake": learner(nets.fake, cfg.lr_fake)}
+    return learners | ({"disc": learner(nets.disc.heads, cfg.lr_disc)} if nets.disc else {})
+
+
+def precision(cfg: Config, nets: Nets, device: torch.device) -> torch.autocast:
+    """bf16 on one device; networks shared by several ranks cast by themselves."""
+    enabled = cfg.bf16 and not ranks.is_shared(nets.student)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def whole_net(net: nn.Module, cfg: Config, family: Teacher) -> nn.Module:
+    """A denoiser that a rank can call alone. All ranks must ask for it."""
+    if not ranks.is_shared(net):
+        return net
+    alone = family.build(cfg.shift)
+    alone.load_state_dict(dict(ranks.gather(net)), assign=True)
+    return alone.requires_grad_(False)

@@ -1,0 +1,194 @@
+"""Images that a teacher and its students draw from the same noise, kept in a folder.
+
+    Sampling, Task   one way to draw all images; all that is drawn
+    draw_missing     what is not there yet, or was made otherwise
+    read_images      out of the folder
+
+Image k depends on its prompt and on (seed, k) alone, and its PNG carries what it was made with.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.pictures import save_png
+from measure.distances import from_uint8
+from nets.files import Files
+from nets.weights import DTYPES
+from schedule import Cond, draw_samples, generator, normal
+from teachers import Teacher, encode_all, read_student, times_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One way to draw all images."""
+
+    who: str  # "teacher" | "student"
+    steps: int
+    sampler: str  # "x0" | "euler"
+    guidance: float | None
+    nfe: int  # network evaluations per image
+    taus: tuple[float, ...] = ()  # (): evenly spaced before the shift
+
+    @property
+    def name(self) -> str:
+        return f"{self.who} {self.steps}"
+
+
+@dataclass(frozen=True)
+class Task:
+    family: Teacher
+    files: Files
+    denoisers: dict[str, list[Path]]  # of teacher and student
+    scorers: Files  # of the networks that measure
+    size: tuple[int, int]
+    dtype: str
+    seed: int
+    batch: int
+    prompts: list[str]
+    each: int  # images of every prompt, one after the other
+    samplings: tuple[Sampling, ...]  # the first is what the others are held against
+    out: Path
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * self.each
+
+    def folder(self, s: Sampling) -> Path:
+        return self.out / "images" / s.name.replace(" ", "-")
+
+    def path(self, s: Sampling, k: int) -> Path:
+        return self.folder(s) / f"{k:06d}.png"
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file's length and of 64 KiB in each 64th of it: of a small file, all."""
+    size, piece = path.stat().st_size, 2**16
+    total = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as file:
+        for i in range(64):
+            file.seek(max(i * piece, i * size // 64))
+            total.update(file.read(piece))
+    return total.hexdigest()
+
+
+def settings_of(task: Task, s: Sampling) -> Callable[[int], dict]:
+    """k -> all that image k depends on, as its PNG carries it."""
+    weights = [fingerprint(path) for path in task.denoisers[s.who]]
+    alike = {"teacher": task.family.name, "weights": weights, "size": list(task.size)}
+    alike |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
+    alike |= {"dtype": task.dtype, "seed": task.seed}
+    return lambda k: alike | {"prompt": task.prompts[k // task.each], "image": k}
+
+
+def is_there(path: Path, settings: dict) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.text["settings"]) == settings
+    except (OSError, KeyError, ValueError):
+        return False  # absent, damaged, or of another making
+
+
+def missing_images(task: Task, s: Sampling, rank: int = 0, world: int = 1) -> list[int]:
+    """The images that this rank has to draw: image k is rank k % world's."""
+    settings = settings_of(task, s)
+    return [k for k in range(rank, task.count, world) if not is_there(task.path(s, k), settings(k))]
+
+
+def save_image(image: Tensor, path: Path, settings: dict) -> None:
+    """Renamed when it is whole."""
+    part = path.with_name(f"{path.stem}.part.png")
+    save_png(image, part, settings)
+    os.replace(part, path)
+
+
+def draw_missing(task: Task, device: torch.device, rank: int = 0, world: int = 1) -> None:
+    """Text encoders first, then one denoiser after the other; nothing is loaded for nothing."""
+    todo = {s: missing_images(task, s, rank, world) for s in task.samplings}
+    todo = {s: ks for s, ks in todo.items() if ks}
+    if not todo:
+        return
+    how = (DTYPES[task.dtype], device)
+    conds = encode_prompts(task, {k // task.each for ks in todo.values() for k in ks}, *how)
+    vae = task.family.load_vae(task.files, *how)
+    total = sum(map(len, todo.values()))
+    with tqdm(total=total, desc="images", disable=rank > 0) as bar:
+        for who in ("teacher", "student"):
+            net = None  # the other's memory is free before this one is loaded
+            for s, ks in todo.items():
+                if s.who == who:
+                    net = net or load_net(task, who, *how)
+                    bar.set_postfix_str(s.name)
+                    draw_images(task, s, ks, net, vae, conds, device, bar)
+
+
+def encode_prompts(
+    task: Task, numbers: set[int], dtype: torch.dtype, device: torch.device
+) -> dict[str, Cond]:
+    """The cond of each of these prompts, and of none, on the CPU; the encoders go again."""
+    text = task.family.load_text(task.files, dtype, device)
+    captions = ["", *(task.prompts[i] for i in sorted(numbers))]
+    return encode_all(text, captions, task.batch, device, task.size)
+
+
+def load_net(task: Task, who: str, *how) -> nn.Module:
+    """how: dtype and device."""
+    path, shift = task.denoisers[who], task.family.preset.shift
+    if who == "student":
+        shift = float(read_student(path[0])["shift"])
+    return task.family.load(shift, path, *how).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def draw_images(
+    task: Task,
+    s: Sampling,
+    ks: list[int],
+    net: nn.Module,
+    vae: nn.Module,
+    conds: dict[str, Cond],
+    device: torch.device,
+    bar: tqdm,
+) -> None:
+    """Images ks, into their files."""
+
+    def stack(captions: list[str]) -> Cond:
+        return {
+            name: torch.stack([conds[caption][name] for caption in captions]).to(device)
+            for name in conds[""]
+        }
+
+    task.folder(s).mkdir(parents=True, exist_ok=True)
+    settings = settings_of(task, s)
+    taus = s.taus or times_of(task.family, net.schedule, s.steps, task.size, s.who == "student")
+    for start in range(0, len(ks), task.batch):
+        part = ks[start : start + task.batch]
+        # As in the exam, whose images of the embedded teacher come with the code.
+        draws = [generator("exam", task.seed, k) for k in part]
+        shape = task.family.latent_shape(task.size)
+        eps = normal(torch.empty(len(part), *shape, device=device), draws)
+        cond = stack([task.prompts[k // task.each] for k in part])
+        uncond = stack([""] * len(part)) if s.guidance and task.family.uses_null else None
+        how = (list(taus), s.sampler, uncond, s.guidance)
+        images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        for k, image in zip(part, images, strict=True):
+            save_image(image, task.path(s, k), settings(k))
+        bar.update(len(part))
+
+
+def read_images(task: Task, s: Sampling, ks: range | list[int]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    images = [np.array(Image.open(task.path(s, k))) for k in ks]
+    return from_uint8(torch.from_numpy(np.stack(images)).movedim(-1, 1))

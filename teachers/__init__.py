@@ -1,0 +1,443 @@
+"""The seam: everything in which one teacher differs from another, as questions with answers.
+
+    Teacher      the questions; a family's file, or one's own, answers what is not so by default
+    find         a teacher by its name, or from a file of one's own: --teacher path/to/mine.py
+    names        the teachers that come with the project
+    configure    a teacher's preset with flags over it
+
+One file per family: digits.py, flux.py, sd35.py, sdxl.py (SDXL and SD 1.5), each with a dict
+TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Nobody
+outside this folder asks for a teacher's name or kind. Networks are imported where they are built,
+so that presets, names and --help need no torch.
+
+B batch, C H W latent, T text tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import Config, resolve
+from nets.files import SHARED, Files, Part, find_files
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Cond = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The sizes of a teacher's networks, as their modules take them."""
+
+    denoiser: object
+    vae: object = None  # None: the latents are the pixels
+    clip_l: object = None
+    clip_g: object = None
+    t5: object = None
+    backbone: object = None  # of the discriminator; None: DINOv2 ViT-L/14
+    reader: object = None  # of captions, for the discriminator; None: CLIP ViT-L/14
+
+
+class Teacher:
+    """A teacher's answers. Each question says who asks it."""
+
+    # How guidance is applied, asked by whoever guides it: "null": classifier-free, away from the
+    # null caption; "input": the scale is an input of the network; "none": a few-step model.
+    guided_by = "null"
+    only_sampled = False  # a few-step model itself: sample.py draws with it, train.py refuses it
+    sampled_at_once = 1  # images at a time, by default; sample.py and evaluate.py ask
+    measured_at_once = 8  # images that evaluate.py's networks take at a time
+    enlarged = 1  # how many pixels of a PNG a pixel becomes; sample.py asks
+    examined = False  # whether `exam` gives one; train.py and evaluate.py ask
+    optional: tuple[str, ...] = ()  # parts that --no-t5 does without; whoever locates files asks
+    not_weights: tuple[str, ...] = ()  # what is in its files and no network wants
+    own_data = ""  # said where --data or --cache is refused: it brings its own data
+    own_features = ""  # said where other measures are refused: `features` has its own
+
+    def __init__(self, name: str, preset: Config, fewer: dict[int, dict] | None = None):
+        """preset: every setting, trained and sampled; fewer: what else changes for another number
+        of student steps. `configure` asks."""
+        self.name, self.preset, self.fewer = name, preset, fewer or {}
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, Part]:
+        """Its official files by part: "denoiser", "vae", and what `load_text` asks for."""
+        return {}
+
+    def locate(
+        self,
+        weights: str = "",
+        denoiser: bool = True,
+        text: bool = True,
+        t5: bool = True,
+        disc: bool = False,
+    ) -> Files:
+        """Every file that will be wanted, found before anything is loaded; every command asks.
+
+        weights: a folder; "": the hub's cache, else downloaded. denoiser: not, where a student's
+        file is given; text: not, where a cache is; t5: the optional parts; disc: the
+        discriminator's frozen networks too. FileNotFoundError, PermissionError or ValueError.
+        """
+        if not t5 and not self.optional:
+            raise ValueError(f"--no-t5: only SD 3.5 does without T5, {self.name} does not")
+        wanted = self.parts() | (SHARED if disc else {})
+        if not denoiser:
+            wanted.pop("denoiser")
+        if not t5:
+            wanted = {name: part for name, part in wanted.items() if name not in self.optional}
+        if not text:
+            kept = ("denoiser", "vae", "dinov2")
+            wanted = {name: part for name, part in wanted.items() if name in kept}
+        return find_files(wanted, Path(weights) if weights else None)
+
+    def prefix(self, part: str = "denoiser") -> str:
+        """What precedes a network's names in the official file, and in a student's."""
+        return self.parts()[part].prefix if part in self.parts() else ""
+
+    # --- the denoiser ----------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> Networks:
+        """Sizes of all networks. `resized` replaces them."""
+        if "_sizes" not in self.__dict__:
+            self._sizes = self.full_size()
+        return self._sizes
+
+    def full_size(self) -> Networks:
+        """The sizes of the official files."""
+        raise NotImplementedError(f"{self.name} does not say its sizes")
+
+    def build(self, shift: float) -> nn.Module:
+        """The denoiser, weights not set, with its schedule; shift: of a flow's times."""
+        raise NotImplementedError(f"{self.name} does not build its denoiser")
+
+    def start(self, net: nn.Module) -> None:
+        """Makes of the teacher's network, in place, what student and fake score begin as."""
+
+    def load(
+        self,
+        shift: float,
+        path: Path | list[Path],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> nn.Module:
+        """The denoiser from the teacher's file or a student's, in fp32 or `dtype`.
+
+        device: "meta" for the form alone; no file is read then.
+        """
+        import torch
+
+        from nets.weights import load_weights
+
+        with torch.device("meta"):
+            net = self.build(shift)
+        dtype = dtype or torch.float32
+        if torch.device(device).type == "meta":
+            return net.to(dtype)
+        return load_weights(net, path, dtype, device, self.prefix())
+
+    # --- what stands around it -------------------------------------------------------------------
+
+    def load_vae(self, files: Files, *how) -> nn.Module:
+        """Images <-> latents. how: dtype and device, as in `load`."""
+        from nets.vae import VAE, Pixels
+
+        cfg = self.sizes.vae
+        return self.load_part(VAE, cfg, "vae", files, *how) if cfg else Pixels()
+
+    def load_text(self, files: Files, *how) -> nn.Module:
+        """What is called as `text(captions, device, sizes)` and gives `cond`, rows by name.
+
+        sizes (6,) or (B, 6): original height and width, crop's top and left, height and width
+        made, in pixels; only SDXL listens. how: as in `load`.
+        """
+        raise NotImplementedError(f"{self.name} does not say how captions become cond")
+
+    def load_part(self, kind: type, cfg: object, part: str, files: Files, *how, load=None):
+        """A frozen network of the teacher's. load: in place of `load_weights`."""
+        import torch
+
+        from nets.weights import load_weights
+
+        with torch.device("meta"):
+            net = kind(cfg)
+        dtype, device = how or (torch.float32, "cpu")
+        ignore = getattr(kind, "duplicates", ()) or self.not_weights
+        (load or load_weights)(net, files[part], dtype, device, self.prefix(part), ignore)
+        return net.requires_grad_(False).eval()
+
+    def backbone(self):
+        """Sizes of the discriminator's frozen network; the plan asks."""
+        from nets.vision import DINOV2_LARGE
+
+        return self.sizes.backbone or DINOV2_LARGE
+
+    def reader(self):
+        """Sizes of what reads captions for the discriminator; the plan asks. None: no network."""
+        from nets.vision import CLIP_VIT_LARGE_TEXT
+
+        return self.sizes.reader or CLIP_VIT_LARGE_TEXT
+
+    def load_backbone(self, files: Files, *how) -> nn.Module:
+        """The discriminator's frozen network. how: as in `load`."""
+        from nets.vision import load_vit
+
+        return load_vit(self.backbone(), files["dinov2"][0], *how)
+
+    def load_reader(self, files: Files, *how) -> nn.Module:
+        """What reads captions for the discriminator (its `embedding`). how: as in `load`."""
+        from nets.vision import load_clip_text
+
+        where = (*files["clip_vit"], *files["clip_vit_tokenizer"])
+        return load_clip_text(*where, *how, cfg=self.reader())
+
+    def embedding_width(self) -> int:
+        """Of what the reader makes of a caption; the discriminator asks."""
+        cfg = self.reader()
+        return cfg.embedding or cfg.width
+
+    # --- text and guidance -----------------------------------------------------------------------
+
+    def cond_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `load_text` gives of one caption, shapes by name; plan and bench ask."""
+        raise NotImplementedError(f"{self.name} does not say the shapes of its text")
+
+    def text_networks(self, t5: bool = True) -> list[tuple[nn.Module, int]]:
+        """Its text encoders, weights not set, and the tokens each reads; the plan asks."""
+        from nets.clip import CLIP, CLIP_LENGTH
+
+        return [(CLIP(cfg), CLIP_LENGTH) for cfg in (self.sizes.clip_l, self.sizes.clip_g) if cfg]
+
+    @property
+    def uses_null(self) -> bool:
+        """Whether guidance leads away from the null caption."""
+        return self.guided_by == "null"
+
+    def null_for(self, null: Cond, cond: Cond) -> Cond:
+        """The null caption, encoded once (1, ...), for every row of `cond`; train.py asks."""
+        return {name: tensor.expand_as(cond[name]) for name, tensor in null.items()}
+
+    # --- sizes and times -------------------------------------------------------------------------
+
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return self.sizes.vae.factor if self.sizes.vae else 1
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of an image of `size`, height and width in pixels."""
+        factor = self.factor()
+        return self.sizes.denoiser.channels, size[0] // factor, size[1] // factor
+
+    def unit(self) -> int:
+        """Sides of its images are multiples of so many pixels."""
+        return self.sizes.denoiser.patch * self.factor()
+
+    def longest(self) -> int | None:
+        """The longest side it can make, in pixels; None: any."""
+        return None
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """ValueError for an image, height and width in pixels, that the networks cannot make."""
+        unit, longest, asked = self.unit(), self.longest(), f"--size {size[0]} {size[1]}"
+        for side in size:
+            if side < unit or side % unit:
+                near = (unit * n for n in (side // unit, side // unit + 1) if n > 0)
+                nearest = " or ".join(map(str, near))
+                raise ValueError(
+                    f"{asked}: {side} is no multiple of {unit}; the nearest: {nearest}"
+                )
+            if longest and side > longest:
+                raise ValueError(f"{asked}: {self.name} makes at most {longest} pixels a side")
+
+    def check_measured(self, size: tuple[int, int]) -> None:
+        """ValueError for a size that `features` cannot measure; evaluate.py asks."""
+
+    def sampling_times(self, schedule, steps: int, size: tuple[int, int]) -> list[float]:
+        """The times its official sampler visits; sample.py and evaluate.py ask."""
+        from schedule import grid
+
+        return grid(schedule, steps)
+
+    # --- smaller, for tests and the benchmark ----------------------------------------------------
+
+    def resized(self, sizes: Networks) -> Teacher:
+        """The same teacher with networks of other sizes."""
+        other = copy.copy(self)
+        other._sizes = sizes
+        return other
+
+    def scaled(self, scale: float, depth: int) -> Teacher:
+        """All widths times `scale`, in whole heads and groups; the denoiser's depth, if not 0."""
+        sizes = self.sizes
+        around = {"backbone": replace(self.backbone(), **scaled_heads(self.backbone(), scale))}
+        if sizes.vae:
+            around["vae"] = replace(sizes.vae, **scaled_groups(sizes.vae, scale))
+        if sizes.t5:  # as wide as the denoiser reads, with fewer heads and a narrower MLP
+            count = max(1, round(scale * sizes.t5.heads))
+            hidden = max(64, round(scale * sizes.t5.hidden))
+            around["t5"] = replace(sizes.t5, heads=count, hidden=hidden)
+        denoiser = self.scaled_denoiser(sizes.denoiser, scale, depth)
+        return self.resized(replace(sizes, denoiser=denoiser, **around))
+
+    def scaled_denoiser(self, cfg, scale: float, depth: int):
+        """Its denoiser's sizes for `scaled`."""
+        deep = depth or cfg.depth
+        return replace(cfg, **scaled_heads(cfg, scale), depth=deep)
+
+    # --- what a task brings of its own -----------------------------------------------------------
+
+    def data(self, seed: int):
+        """A data set of its own, as in dataset/; None: --data names one. train.py asks."""
+        return None
+
+    def exam(self, guidance: float | None):
+        """What examines its students: see digits/exam.py; None: evaluate.py's measures alone."""
+        return None
+
+    def features(self, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]] | None:
+        """By measure: images (B, 3, H, W) in [0, 1] -> features (B, D), in place of DINOv2, CLIP
+        and the files they take; None: those. evaluate.py asks."""
+        return None
+
+
+def scaled_heads(cfg, scale: float) -> dict[str, int]:
+    """Heads and width of a transformer, its heads as wide as before."""
+    count = max(1, round(scale * cfg.heads))
+    return {"heads": count, "width": count * cfg.width // cfg.heads}
+
+
+def scaled_groups(cfg, scale: float) -> dict[str, int]:
+    """Width of a convolutional network, in whole groups."""
+    return {"width": max(1, round(scale * cfg.width / cfg.groups)) * cfg.groups}
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+FAMILIES = {  # which file of this folder has a teacher
+    "digits": "digits",
+    "flux-dev": "flux",
+    "flux-schnell": "flux",
+    "sd35-large": "sd35",
+    "sd35-medium": "sd35",
+    "sdxl": "sdxl",
+    "sd15": "sdxl",
+}
+FOUND: dict[str, Teacher] = {}  # those asked for; tests put small ones here
+
+
+def find(name: str) -> Teacher:
+    """A teacher that comes with the project, or TEACHER of a Python file. ValueError."""
+    if name not in FOUND:
+        FOUND[name] = from_file(Path(name)) if name.endswith(".py") else from_family(name)
+    return FOUND[name]
+
+
+def from_family(name: str) -> Teacher:
+    if name not in FAMILIES:
+        known = ", ".join(names())
+        raise ValueError(f'unknown teacher "{name}"; choose from {known}, or give a file, mine.py')
+    return importlib.import_module(f"teachers.{FAMILIES[name]}").TEACHERS[name]
+
+
+def from_file(path: Path) -> Teacher:
+    if not path.is_file():
+        raise ValueError(f"--teacher {path}: there is no such file; docs/own_teacher.md shows one")
+    spec = importlib.util.spec_from_file_location(f"own_teacher_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    teacher = getattr(module, "TEACHER", None)
+    if not isinstance(teacher, Teacher):
+        raise ValueError(f"--teacher {path} defines no TEACHER; docs/own_teacher.md shows one")
+    return teacher
+
+
+def names(trained: bool = True) -> list[str]:
+    """trained: without the few-step models, which are only sampled."""
+    return [name for name in FAMILIES if not (trained and find(name).only_sampled)]
+
+
+def configure(teacher: str = "digits", **flags) -> Config:
+    """The preset, what its number of student steps changes, then the flags. ValueError."""
+    found = find(teacher)
+    if found.only_sampled:
+        raise ValueError(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
+    return resolve(replace(found.preset, teacher=teacher), found.fewer, found.name, **flags)
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def uncropped(size: tuple[int, int]) -> tuple[int, ...]:
+    """`sizes` of a whole image of this height and width, as `load_text` takes them."""
+    return (*size, 0, 0, *size)
+
+
+def encode_all(
+    text: nn.Module, captions: list[str], batch: int, device: torch.device, size: tuple[int, int]
+) -> dict[str, Cond]:
+    """The cond of every caption (no batch dimension), on the CPU, so that the encoders can go."""
+    from tqdm import tqdm
+
+    captions, conds = list(dict.fromkeys(captions)), {}
+    for start in tqdm(range(0, len(captions), batch), desc="prompts", leave=False):
+        part = captions[start : start + batch]
+        cond = text(part, device, uncropped(size))
+        for k, caption in enumerate(part):
+            conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
+    return conds
+
+
+# --- students ------------------------------------------------------------------------------------
+
+
+def read_student(path: Path) -> dict[str, str]:
+    """The metadata of a student's file: teacher, taus, steps, sampler, shift, size."""
+    from nets.weights import read_metadata
+
+    about = read_metadata(path)
+    if "teacher" not in about:
+        raise ValueError(f"{path} is not a student saved by train.py: it does not name its teacher")
+    return about
+
+
+def teacher_of(path: Path, given: str | None = None) -> Teacher:
+    """The teacher of a student's file. given: --teacher, needed where it is one of one's own."""
+    name = read_student(path)["teacher"]
+    if given is None and name not in FAMILIES:
+        raise ValueError(
+            f'{path} is a student of "{name}", a teacher of your own; give its file: --teacher FILE'
+        )
+    found = find(given or name)
+    if found.name != name:
+        raise ValueError(f"--teacher {given}: {path} is a student of {name}")
+    return found
+
+
+def load_student(path: Path, *how, teacher: str | None = None) -> tuple[nn.Module, dict[str, str]]:
+    """A student and its metadata. how: dtype and device, as in `Teacher.load`."""
+    about = read_student(path)
+    return teacher_of(path, teacher).load(float(about["shift"]), path, *how), about
+
+
+def times_of(
+    family: Teacher, schedule, steps: int, size: tuple[int, int], student: bool
+) -> list[float]:
+    """Where a teacher is called; a student at another number of steps than its own: evenly."""
+    from schedule import grid
+
+    return grid(schedule, steps) if student else family.sampling_times(schedule, steps, size)
+
+
+def student_taus(about: dict[str, str]) -> tuple[float, ...]:
+    """The student's anchors."""
+    return tuple(json.loads(about["taus"]))

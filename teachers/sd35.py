@@ -1,0 +1,126 @@
+"""Stable Diffusion 3.5 Large and Medium.
+
+Transformer and autoencoder are in one file, two CLIPs and T5 beside it; --no-t5 does without T5.
+Guidance is classifier-free, away from the encoded empty caption.
+"""
+
+from dataclasses import replace
+
+from config import Config
+from nets.files import COMBINED, Files, Part
+from teachers import Networks, Teacher, scaled_heads
+
+LARGE = Config(
+    teacher="sd35-large",
+    shift=3.0,
+    guidance=3.5,
+    guidance_dmd=(3.0, 10.0),
+    guidance_isg=(5.0, 5.0),
+    w_isg=1.0,
+    isg_margin=0.05,
+    w_gan=0.1,
+    steps=10_000,
+    batch=1,
+    lr=1e-6,
+    lr_fake=1e-6,
+    lr_disc=1e-6,
+)
+MEDIUM = Config(
+    teacher="sd35-medium",
+    shift=3.0,
+    ttur=10,
+    ida_decay=0.98,
+    guidance=4.5,
+    guidance_dmd=(2.0, 8.0),
+    guidance_isg=(2.0, 4.0),
+    w_isg=0.5,
+    isg_margin=0.05,
+    w_gan=0.1,
+    steps=10_000,
+    batch=1,
+    lr=1e-6,
+    lr_fake=1e-6,
+    lr_disc=1e-6,
+)
+T5_TOKENS = 256  # diffusers' length; the released SenseFlow code pads to 77
+
+
+class SD35(Teacher):
+    optional = ("t5", "t5_tokenizer")
+
+    def parts(self) -> dict[str, Part]:
+        repo = f"stabilityai/stable-diffusion-3.5-{self.name.removeprefix('sd35-')}"
+        file = f"{self.name.replace('sd35-', 'sd3.5_')}.safetensors"
+        parts = {name: Part(repo, (file,), prefix=prefix) for name, prefix in COMBINED.items()}
+        clip, t5 = ("vocab.json", "merges.txt"), ("tokenizer.json",)  # the CLIPs' are the same
+        for name, encoder, folder, words in (
+            ("clip_l", "clip_l.safetensors", "tokenizer", clip),
+            ("clip_g", "clip_g.safetensors", "tokenizer_2", clip),
+            ("t5", "t5xxl_fp16.safetensors", "tokenizer_3", t5),
+        ):
+            files = tuple(f"{folder}/{file}" for file in words)
+            parts[name] = Part(repo, (f"text_encoders/{encoder}",), ((encoder,),))
+            parts[f"{name}_tokenizer"] = Part(repo, files, (words,))
+        return parts
+
+    def full_size(self) -> Networks:
+        from model import SD35_LARGE, SD35_MEDIUM
+        from nets.clip import CLIP_G, CLIP_L
+        from nets.text import T5_XXL
+        from nets.vae import VAES
+
+        denoiser = {"sd35-large": SD35_LARGE, "sd35-medium": SD35_MEDIUM}[self.name]
+        return Networks(denoiser, VAES["sd35"], CLIP_L, CLIP_G, T5_XXL)
+
+    def build(self, shift: float):
+        from model import MMDiT
+        from schedule import Flow
+
+        return MMDiT(self.sizes.denoiser, Flow(shift))
+
+    def load_text(self, files: Files, *how):
+        from nets.clip import CLIP
+        from nets.text import T5, SD35Text, clip_tokenizer, t5_tokenizer
+
+        sizes, t5 = self.sizes, ()
+        clip_l = self.load_part(CLIP, sizes.clip_l, "clip_l", files, *how)
+        clip_g = self.load_part(CLIP, sizes.clip_g, "clip_g", files, *how)
+        words = clip_tokenizer(*files["clip_l_tokenizer"])
+        words_g = clip_tokenizer(*files["clip_g_tokenizer"], 0)
+        if "t5" in files:
+            pieces = t5_tokenizer(*files["t5_tokenizer"], T5_TOKENS)
+            t5 = self.load_part(T5, sizes.t5, "t5", files, *how), pieces
+        blank = T5_TOKENS, sizes.denoiser.context_width  # what stands there without T5
+        return SD35Text(clip_l, clip_g, words, words_g, *t5, blank=blank)
+
+    def cond_shapes(self) -> dict[str, tuple[int, ...]]:
+        from nets.clip import CLIP_LENGTH
+
+        cfg = self.sizes.denoiser
+        context = (CLIP_LENGTH + T5_TOKENS, cfg.context_width)
+        return {"context": context, "pooled": (cfg.pooled_width,)}
+
+    def text_networks(self, t5: bool = True) -> list:
+        from nets.text import T5
+
+        return [*super().text_networks(), *([(T5(self.sizes.t5), T5_TOKENS)] if t5 else [])]
+
+    def longest(self) -> int:
+        return self.unit() * self.sizes.denoiser.table
+
+    def sampling_times(self, schedule, steps: int, size: tuple[int, int]) -> list[float]:
+        """Down to the shifted 1/1000."""
+        import torch
+
+        from schedule import grid
+
+        last = float(schedule.warp(torch.tensor(0.001, dtype=torch.float64)))
+        return grid(schedule, steps, last)
+
+    def scaled_denoiser(self, cfg, scale: float, depth: int):
+        deep = depth or cfg.depth
+        dual = min(deep, cfg.dual_blocks)
+        return replace(cfg, **scaled_heads(cfg, scale), depth=deep, dual_blocks=dual)
+
+
+TEACHERS = {"sd35-large": SD35("sd35-large", LARGE), "sd35-medium": SD35("sd35-medium", MEDIUM)}
