@@ -61,12 +61,12 @@ from measure.scorers import (
     measure,
 )
 from nets.weights import DTYPES
-from teachers import FAMILIES, Teacher, names, read_student, student_taus, teacher_of
+from teachers import Teacher, denoiser_file, names, read_student, student_taus, teacher_of
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
 
-# --- what is asked for ---------------------------------------------------------------------------
+# --- the task ------------------------------------------------------------------------------------
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -164,16 +164,6 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         out=given.out or given.student.parent / "evaluation",
     )
     return task, exam
-
-
-def denoiser_file(teacher: str | None) -> Path | None:
-    """--teacher as a file of weights, and not a name or a Python file. ValueError."""
-    if teacher is None or teacher in FAMILIES or teacher.endswith(".py"):
-        return None
-    if not Path(teacher).is_file():
-        known = ", ".join(names())
-        raise ValueError(f'unknown teacher "{teacher}": no file; choose from {known}')
-    return Path(teacher)
 
 
 def prepare(

@@ -5,8 +5,8 @@ discriminator, students trained for fewer steps, and a fake score that lags, ove
     python -m digits.ablation --kinds dmd all --seeds 0
 
 A run is train.py with the flags of its kind, in a folder KIND-SEED. It has one thread, and --jobs
-run at once: another number of threads adds in another order, and so ends with another student. What
-is finished is kept, what was interrupted continues. Every student is then examined at 1, 2, 4 and 8
+run at once: another number of threads adds in another order, and so ends with another student. A
+finished run is kept, an interrupted one continues. Every student is then examined at 1, 2, 4 and 8
 steps, and the guided teacher at 50, 4, 2 and 1.
 
 Writes table.md (mean and spread, the standard deviation, over seeds), metrics.json (every row of

@@ -366,6 +366,16 @@ def names(trained: bool = True) -> list[str]:
     return [name for name in FAMILIES if not (trained and find(name).only_sampled)]
 
 
+def denoiser_file(given: str | None) -> Path | None:
+    """--teacher as a file of weights, in place of a name or a Python file. ValueError."""
+    if given is None or given in FAMILIES or given.endswith(".py"):
+        return None
+    if not Path(given).is_file():
+        known = ", ".join(names())
+        raise ValueError(f'unknown teacher "{given}": no file; choose from {known}')
+    return Path(given)
+
+
 def configure(teacher: str = "digits", **flags) -> Config:
     """The preset, what its number of student steps changes, then the flags. ValueError."""
     found = find(teacher)

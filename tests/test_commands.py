@@ -16,7 +16,6 @@ import toy
 import train
 from config import Config, differences, field_comments
 from digits import ASSETS
-from nets import vision
 from nets.weights import load_weights, save_weights
 from teachers import configure, find, names
 
@@ -169,7 +168,7 @@ def test_sample_refuses_what_it_cannot_draw(command, student, tmp_path):
     )
     jpg = ["--prompt", "a one and a two", "--out", "x.jpg"]
     refused(command(sample, "--checkpoint", student, *jpg), ".png")
-    other = vision.ASSETS / "judge.safetensors"
+    other = ASSETS / "judge.safetensors"
     refused(command(sample, "--checkpoint", other, "--prompt", "a one and a two"), "not a student")
 
 
@@ -207,7 +206,9 @@ def test_weights_must_be_those_of_the_network(tmp_path):
 def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_path, monkeypatch):
     (tmp_path / "teacher_samples.npz").write_bytes(b"PK not a zip")
     monkeypatch.setattr("digits.exam.ASSETS", tmp_path)
-    refused(command(evaluate, "--student", student), "teacher_samples.npz", "pretrain.py samples")
+    refused(
+        command(evaluate, "--student", student), "teacher_samples.npz", "digits.pretrain samples"
+    )
 
 
 # --- toy.py --------------------------------------------------------------------------------------
