@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "sample", "evaluate", "ablation", "pretrain", "toy", "bench"}
+COMMANDS = {"train", "sample", "evaluate", "ablation", "pretrain", "toy", "bench", "plane.__main__"}
 MODULES = {p.stem for p in ROOT.glob("*.py")} | {
-    f"nets.{p.stem}" for p in (ROOT / "nets").glob("*.py")
+    f"{folder}.{p.stem}" for folder in ("nets", "plane") for p in (ROOT / folder).glob("*.py")
 }
 ALLOWED = {
     "config": set(),
@@ -74,7 +74,7 @@ def test_the_readmes_table_of_ideas_names_what_exists():
 
 def test_the_readmes_file_list_is_complete():
     readme = (ROOT / "README.md").read_text()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "nets").glob("*.py")]:
+    for path in [p for folder in (".", "nets", "plane") for p in (ROOT / folder).glob("[!_]*.py")]:
         assert path.name in readme, f"README does not list {path.name}"
 
 

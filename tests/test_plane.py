@@ -9,31 +9,38 @@ from conftest import GaussianVelocity
 from torch import nn
 
 import dmd
-import toy
+from plane import measures, settings
+from plane.denoisers import Exact, train_teacher
+from plane.distill import distill
+from plane.scenarios import SCENARIOS
+from plane.settings import IDA, ISG, KEEPING_UP, Setting
+from plane.tables import value
+from plane.targets import TARGETS, Mixture, real_points
+from plane.workers import keys_of
 from schedule import DDPM, Flow, generator, grid, sample_ode
 
-trained = functools.cache(toy.train_teacher)
+trained = functools.cache(train_teacher)
 
 
-def runs(setting: toy.Setting, seed: int) -> dict:
+def runs(setting: Setting, seed: int) -> dict:
     teacher, start = (
-        trained(key.target, key.diffusion, key.defect, seed) for key in toy.keys_of(setting, seed)
+        trained(key.target, key.diffusion, key.defect, seed) for key in keys_of(setting, seed)
     )
-    return toy.distill(setting, seed, teacher.requires_grad_(False), start)
+    return distill(setting, seed, teacher.requires_grad_(False), start)
 
 
 def late(result: dict) -> float:
-    return toy.value(result, "late swd")
+    return value(result, "late swd")
 
 
-LAGGING = replace(toy.LAGGING, measures=("swd", "position"))
-CHECKERBOARD = replace(toy.KEEPING_UP, target="checkerboard")
+LAGGING = replace(settings.LAGGING, measures=("swd", "position"))
+CHECKERBOARD = replace(KEEPING_UP, target="checkerboard")
 FRESH = (10, 11, 12)  # seeds on which nothing was chosen
 
 
 def ida_damps(seed: int) -> None:
-    vanilla, ida = runs(LAGGING, seed), runs(replace(LAGGING, **toy.IDA), seed)
-    far, near = (toy.value(result, "peak position") for result in (vanilla, ida))
+    vanilla, ida = runs(LAGGING, seed), runs(replace(LAGGING, **IDA), seed)
+    far, near = (value(result, "peak position") for result in (vanilla, ida))
     assert far > 3.5, f"without IDA the student should overshoot, reached {far}"
     assert near < 2.2, f"with IDA it should not, reached {near}"
     assert near < 0.5 * far
@@ -41,12 +48,12 @@ def ida_damps(seed: int) -> None:
 
 
 def isg_helps(seed: int) -> None:
-    vanilla, isg = runs(CHECKERBOARD, seed), runs(replace(CHECKERBOARD, **toy.ISG), seed)
+    vanilla, isg = runs(CHECKERBOARD, seed), runs(replace(CHECKERBOARD, **ISG), seed)
     assert late(isg) < 0.8 * late(vanilla), f"SWD {late(vanilla)} without ISG, {late(isg)} with"
 
 
 def the_pair_is_stable(seed: int, iterations: int = 600) -> None:
-    both = replace(LAGGING, iterations=iterations, measures=("swd",), **toy.IDA, **toy.ISG)
+    both = replace(LAGGING, iterations=iterations, measures=("swd",), **IDA, **ISG)
     assert late(runs(both, seed)) < 0.25  # also false where it is not a number
 
 
@@ -93,8 +100,8 @@ def test_a_wrong_dmd_gradient_breaks_every_claim(claim, wrong, monkeypatch):
 def test_pulling_the_fake_score_elsewhere_is_no_cure():
     """The control: towards its own start, in place of the student, it makes things worse."""
     short = replace(LAGGING, iterations=400)
-    control = runs(replace(short, **toy.IDA, pull="start"), FRESH[0])
-    assert toy.value(control, "peak position") > toy.value(runs(short, FRESH[0]), "peak position")
+    control = runs(replace(short, **IDA, pull="start"), FRESH[0])
+    assert value(control, "peak position") > value(runs(short, FRESH[0]), "peak position")
 
 
 # --- instruments ---------------------------------------------------------------------------------
@@ -106,57 +113,57 @@ def test_hundred_steps_of_the_exact_teacher_are_at_the_floor(schedule):
     random, and a hundred steps are not infinitely many.
     """
     for target in ("ring", "unequal ring"):
-        net, count = toy.Exact(toy.TARGETS[target], schedule), 8192
+        net, count = Exact(TARGETS[target], schedule), 8192
         taus = grid(schedule, 100)
         eps = torch.randn(count, 2, 1, 1, generator=generator("exact"))
         made = sample_ode(net, eps, {}, taus).flatten(1)
-        real = [toy.real_points(target, k, count) for k in range(8)]
-        floor = sum(toy.swd(*real[k : k + 2]) for k in range(0, 8, 2)) / 4
-        got = sum(toy.swd(made, x) for x in real) / 8
+        real = [real_points(target, k, count) for k in range(8)]
+        floor = sum(measures.swd(*real[k : k + 2]) for k in range(0, 8, 2)) / 4
+        got = sum(measures.swd(made, x) for x in real) / 8
         assert got < 1.33 * floor, f"{target}: {got}, floor {floor}"
 
 
 def test_exact_velocity_of_one_gaussian_is_the_closed_form():
-    one = toy.Mixture(torch.full((1, 2), 0.7), torch.ones(1), std=0.4)
+    one = Mixture(torch.full((1, 2), 0.7), torch.ones(1), std=0.4)
     x_t = torch.randn(5, 2, 1, 1, generator=generator("one"))
     t = torch.tensor([0.1, 0.3, 0.5, 0.7, 1.0])
     wanted = GaussianVelocity(0.7, 0.4)(x_t, t, {})
-    torch.testing.assert_close(toy.Exact(one, Flow())(x_t, t, {}), wanted)
+    torch.testing.assert_close(Exact(one, Flow())(x_t, t, {}), wanted)
 
 
 @pytest.mark.parametrize("schedule", [Flow(), DDPM()], ids=["flow", "ddpm"])
 def test_exact_prediction_is_the_mean_of_what_was_mixed(schedule):
     """Of 400,000 pairs, those that land near one x_t have this mean target (within four errors)."""
-    target, draw = toy.TARGETS["unequal ring"], generator("mean")
+    target, draw = TARGETS["unequal ring"], generator("mean")
     x0 = target.sample(400_000, draw)
     eps, t = torch.randn(x0.shape, generator=draw), torch.full((len(x0),), 0.5)
     x_t = schedule.noise(x0, eps, t)
     point = x_t[:1]
     near = (x_t - point).flatten(1).norm(dim=1) < 0.05
     wanted = schedule.target(x0, eps)[near].flatten(1)
-    got = toy.Exact(target, schedule)(point, t[:1], {}).flatten()
+    got = Exact(target, schedule)(point, t[:1], {}).flatten()
     error = wanted.std(0) / near.sum().sqrt()
     assert near.sum() > 50 and ((got - wanted.mean(0)).abs() < 4 * error + 0.02).all()
 
 
 def test_sliced_distance_of_a_moved_cloud_is_the_mean_projection_of_the_move():
-    points, move = toy.real_points("ring", 0), torch.tensor([0.3, -0.4])
+    points, move = real_points("ring", 0), torch.tensor([0.3, -0.4])
     angles = torch.linspace(0, torch.pi, 10_001)
     mean = (0.5 * angles.cos()).abs().mean()  # over all directions, for a move of length .5
-    assert toy.swd(points, points) == 0
-    assert toy.swd(points, points + move) == pytest.approx(mean.item(), rel=0.1)
+    assert measures.swd(points, points) == 0
+    assert measures.swd(points, points + move) == pytest.approx(mean.item(), rel=0.1)
 
 
 def test_modes_are_counted_by_where_points_lie():
-    target = toy.TARGETS["unequal ring"]
+    target = TARGETS["unequal ring"]
     points = target.sample(4000, generator("modes")).flatten(1)
     torch.testing.assert_close(target.shares(points), target.weights, atol=0.03, rtol=0)
-    setting = replace(toy.KEEPING_UP, target="unequal ring")
-    seen = toy.Seen(setting, 0, None, None, points)
-    assert toy.modes_kept(seen) == 8 and toy.weight_error(seen) < 0.05
+    setting = replace(KEEPING_UP, target="unequal ring")
+    seen = measures.Seen(setting, 0, None, None, points)
+    assert measures.modes_kept(seen) == 8 and measures.weight_error(seen) < 0.05
     seen.points = target.centres[[0, 4]].repeat(100, 1)  # two modes of weight 12 / 46 each
-    assert toy.modes_kept(seen) == 2
-    assert toy.weight_error(seen) == pytest.approx(1 - 24 / 46, abs=1e-4)
+    assert measures.modes_kept(seen) == 2
+    assert measures.weight_error(seen) == pytest.approx(1 - 24 / 46, abs=1e-4)
 
 
 class Always(nn.Module):
@@ -172,17 +179,17 @@ class Always(nn.Module):
 
 def test_fake_gap_is_the_distance_from_the_truth_about_the_students_samples():
     """The student makes one point: the truth is that point, whatever x_t."""
-    seen = toy.Seen(toy.KEEPING_UP, 0, Always(1.0, 2.0), Always(1.0, 2.0), None)
-    assert toy.fake_gap(seen) == pytest.approx(0, abs=1e-5)
+    seen = measures.Seen(KEEPING_UP, 0, Always(1.0, 2.0), Always(1.0, 2.0), None)
+    assert measures.fake_gap(seen) == pytest.approx(0, abs=1e-5)
     seen.fake = Always(1.3, 2.4)
-    assert toy.fake_gap(seen) == pytest.approx(0.5, abs=1e-5)
+    assert measures.fake_gap(seen) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_the_teachers_error_shows_where_it_is_wrong():
     """xi(t) of a teacher wrong at the anchors has a bump at .75; that of a sound one rises."""
     times = [0.6, 0.75, 0.88]
     sound, wrong = (
-        toy.teachers_error(trained("ring", False, defect, FRESH[0]), "ring", times)
+        measures.teachers_error(trained("ring", False, defect, FRESH[0]), "ring", times)
         for defect in (0.0, 1.0)
     )
     assert sound[0] < sound[1] < sound[2]
@@ -190,7 +197,7 @@ def test_the_teachers_error_shows_where_it_is_wrong():
 
 
 def test_every_scenario_measures_what_it_shows():
-    for name, make in toy.SCENARIOS.items():
+    for name, make in SCENARIOS.items():
         scenario = make()
         for variant, setting in scenario.variants.items():
             shown = {column.split(" ", 1)[1] for column in scenario.columns} | {*scenario.curves}
