@@ -85,7 +85,7 @@ def train_teacher(target, seed: int, steps: int = 2000) -> MLP:
 
 
 # fmt: off
-def distill(target, teacher, start, decay, w_isg, ttur, lr, lr_fake, seed, steps=600):
+def distill(target, teacher, start, decay, w_isg, seed, ttur, lr, lr_fake, steps=400):
     """Algorithm 1 without a discriminator: the student, and its SWD at every EVERY-th step."""
     student, fake = (copy.deepcopy(start).requires_grad_(True) for _ in range(2))
     opt = torch.optim.Adam(student.parameters(), lr=lr, fused=True)
@@ -142,16 +142,16 @@ def main() -> None:
         parser.error(f"--out {given.out} cannot be made ({error.strerror}); choose another")
     panels, graphs = {}, []
     for row, (target, start, how) in ROWS.items():
-        teacher, start = (train_teacher(known, given.seed) for known in (target, start))
-        wanted, curves = target(COUNT, generator("wanted")), {}
-        print(f"{row}: sliced Wasserstein distance; of data itself {swd(wanted, target):.3f}")
-        for part, (decay, w_isg) in COLUMNS.items():
-            student, curve = distill(target, teacher, start, decay, w_isg, **how, seed=given.seed)
-            print(f"  {part:<12} {curve[-1]:.3f}, at its worst {max(curve):.3f}", flush=True)
-            points = [x.flatten(1).numpy() for x in (wanted, sample(student, given.seed))]
-            panels[f"{row}, {part}: {curve[-1]:.2f}"] = points
+        nets = {known: train_teacher(known, given.seed) for known in {target, start}}
+        wanted, curves = target(4 * COUNT, generator("wanted")), {}
+        print(f"{row}: sliced Wasserstein distance; of data {swd(wanted[:COUNT], target):.3f}")
+        for part, weights in COLUMNS.items():
+            student, curve = distill(target, nets[target], nets[start], *weights, given.seed, **how)
+            print(f"  {part:<6} {curve[-1]:.3f}, at its worst {max(curve):.3f}", flush=True)
+            points = wanted, sample(student, given.seed)[: COUNT // 2]
+            panels[f"{row}, {part}: SWD {curve[-1]:.2f}"] = [x.flatten(1).numpy() for x in points]
             curves[part] = ([EVERY * (k + 1) for k in range(len(curve))], [curve])
-        graphs.append(Graph(f"{row}: distance to the target", "iteration", "log", curves))
+        graphs.append(Graph(f"{row}: SWD, distance to the target", "iteration", "linear", curves))
     points_and_graphs(given.out / "story.png", panels, graphs)
     print(given.out / "story.png")
 
