@@ -9,7 +9,7 @@ from PIL import Image
 import toy
 
 SEED = 10  # one on which nothing was chosen
-teacher = functools.cache(toy.train_teacher)
+teacher = functools.cache(functools.partial(toy.train_teacher, steps=1000))
 
 
 def curve(row: str, column: str, steps: int) -> list[float]:
@@ -20,16 +20,18 @@ def curve(row: str, column: str, steps: int) -> list[float]:
 
 
 def test_ida_keeps_the_student_from_running_past_the_ring():
-    """It begins about .6 away, and is measured for 200 steps."""
-    without, with_ida = (max(curve("ring", column, steps=200)) for column in ("DMD", "IDA"))
+    """It begins .6 away. Furthest in 250 steps, seen over five seeds: 3.8 to 7.9 without IDA; with
+    it, never further than where it began."""
+    without, with_ida = (max(curve("ring", column, steps=250)) for column in ("DMD", "IDA"))
     assert without > 2, f"without IDA the student should run past the ring, went {without} away"
     assert with_ida < 1, f"with IDA it should not, went {with_ida} away"
 
 
 def test_isg_lowers_the_distance_to_the_checkerboard():
-    without, with_isg = (curve("checkerboard", column, steps=400) for column in ("DMD", "ISG"))
+    """The mean of the last four measurements, seen over five seeds: .63 to .77 of that without."""
+    without, with_isg = (curve("checkerboard", column, steps=350) for column in ("DMD", "ISG"))
     late, late_isg = (sum(swds[-4:]) / 4 for swds in (without, with_isg))
-    assert late_isg < 0.8 * late, f"SWD {late} without ISG, {late_isg} with"
+    assert late_isg < 0.85 * late, f"SWD {late} without ISG, {late_isg} with"
 
 
 def test_every_step_calls_the_functions_of_the_paper(monkeypatch):
@@ -54,7 +56,7 @@ def test_every_step_calls_the_functions_of_the_paper(monkeypatch):
 
 
 def test_the_story_prints_distances_and_draws_a_picture(command, tmp_path, monkeypatch):
-    for name, steps in (("train_teacher", 20), ("distill", 50)):
+    for name, steps in (("train_teacher", 20), ("distill", 25)):
         monkeypatch.setattr(toy, name, functools.partial(getattr(toy, name), steps=steps))
     code, out, err = command(toy, "--out", tmp_path / "new", "--seed", 1)
     assert code == 0, err
