@@ -70,7 +70,7 @@ def update(opt: torch.optim.Optimizer, loss: Tensor) -> None:
     opt.step()
 
 
-def train_teacher(target, seed: int, steps: int = 2000) -> MLP:
+def train_teacher(target, seed: int, steps: int = 1000) -> MLP:
     """Flow matching on the points that target(count, draw) makes."""
     torch.manual_seed(seed)  # of the first weights
     net, draw = MLP(), generator(seed, "teacher")
@@ -85,7 +85,7 @@ def train_teacher(target, seed: int, steps: int = 2000) -> MLP:
 
 
 # fmt: off
-def distill(target, teacher, start, decay, w_isg, seed, ttur, lr, lr_fake, steps=400):
+def distill(target, teacher, start, decay, w_isg, seed, ttur, lr, lr_fake, steps=350):
     """Algorithm 1 without a discriminator: the student, and its SWD at every EVERY-th step."""
     student, fake = (copy.deepcopy(start).requires_grad_(True) for _ in range(2))
     opt = torch.optim.Adam(student.parameters(), lr=lr, fused=True)
@@ -125,9 +125,8 @@ def sample(student: MLP, seed: int) -> Tensor:
 
 def swd(points: Tensor, target) -> float:
     """Sliced Wasserstein-1 to fresh points: sorted projections compared, in 32 directions."""
-    draw = generator("swd")
-    directions = nn.functional.normalize(torch.randn(2, 32, generator=draw), dim=0)
-    both = torch.stack([points, target(len(points), draw)]).flatten(2)  # (2, B, 2)
+    directions = nn.functional.normalize(torch.randn(2, 32, generator=generator("swd")), dim=0)
+    both = torch.stack([points, target(len(points), generator("real"))]).flatten(2)  # (2, B, 2)
     return (both @ directions).sort(1).values.diff(dim=0).abs().mean().item()
 
 
@@ -140,6 +139,7 @@ def main() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {given.out} cannot be made ({error.strerror}); choose another")
+    torch.set_num_threads(1)  # the networks are tiny: threads only wait for each other
     panels, graphs = {}, []
     for row, (target, start, how) in ROWS.items():
         nets = {known: train_teacher(known, given.seed) for known in {target, start}}
