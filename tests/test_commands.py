@@ -12,11 +12,11 @@ from small import embedded
 
 import evaluate
 import sample
-import toy
 import train
 from config import Config, differences, field_comments
 from digits import ASSETS
 from nets.weights import load_weights, save_weights
+from plane import __main__ as plane
 from teachers import configure, find, names
 
 
@@ -211,7 +211,7 @@ def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_p
     )
 
 
-# --- toy.py --------------------------------------------------------------------------------------
+# --- python -m plane -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,15 +220,15 @@ def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_p
         (["idea"], 'unknown scenario "idea"; choose from all, ida, isg'),
         (["ida", "--seeds", "0"], "--seeds is 0"),
         (["ida", "--seedz", "1"], "--seedz"),
-        (["ida", "--out", "/proc/toy"], "/proc/toy"),
+        (["ida", "--out", "/proc/plane"], "/proc/plane"),
     ],
 )
-def test_toy_refuses_what_cannot_be(command, flags, named):
-    refused(command(toy, *flags), "toy.py: ", named)
+def test_plane_refuses_what_cannot_be(command, flags, named):
+    refused(command(plane, *flags), "python -m plane: ", named)
 
 
-def test_toy_prints_a_table_and_draws_a_picture(command, tmp_path):
-    code, out, err = command(toy, "ida", "--seeds", 1, "--out", tmp_path)
+def test_plane_prints_a_table_and_draws_a_picture(command, tmp_path):
+    code, out, err = command(plane, "ida", "--seeds", 1, "--out", tmp_path)
     assert code == 0, err
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "1 of 1" in rows["IDA"], "IDA should have the smaller distance"
