@@ -76,7 +76,8 @@ class Config:
     save_every: int = 250                   # iterations between checkpoints
     workers: int = 4                        # threads that read data ahead; 0: none
     keep: int = 2                           # checkpoints kept
-    exam_every: int = 125                   # iterations between exams or sheets of samples; 0: none
+    exam_every: int = 125                   # iterations between exams and sheets; 0: none
+    show: tuple[str, ...] = ()              # prompts of the sheets; none: the data's first captions
     table: bool = True                      # the teacher too in the table at the end
     # fmt: on
 
@@ -90,6 +91,7 @@ HOUSEKEEPING = (
     "save_every",
     "keep",
     "exam_every",
+    "show",
     "table",
 )
 SHARED_OUT = ("batch", "accumulate", "shard")  # ranks may change, the samples of an iteration not

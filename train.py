@@ -44,6 +44,7 @@ from engine.build import (
     whole_net,
 )
 from engine.plan import add_plan_flags, show_plan
+from engine.progress import Progress, header
 from engine.results import finish, is_examined, show
 from engine.run import LOSSES, Run, keep_samples, open_board, open_log, prepare_folder, say
 from ida import ida_update
@@ -264,12 +265,11 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
     first = run.resume(state) if state else 0
     for remark in remarks:
         say(remark)
-    if state:
-        say(f"continuing {out} at step {first} of {cfg.steps}")
+    for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
+        say(line)
     log = open_log(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
-    steps, hidden = range(first, cfg.steps), ranks.rank() > 0
-    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden)
+    steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)
     with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
         for step, pairs in zip(steps, pairs_of, strict=True):
             batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
@@ -280,8 +280,7 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
                 log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
             for name, value in values.items() if board else ():
                 board.add_scalar(name, value, step)
-            bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
-            bar.update()
+            bar.show(values)
             if remark := data.remark():
                 tqdm.write(remark)  # of whichever rank: each reads samples of its own
             run.count_skipped(values["skipped"])

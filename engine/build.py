@@ -22,7 +22,7 @@ from engine import ranks
 from engine.batch import read_null
 from nets.files import Files
 from schedule import Cond, generator, grid
-from teachers import Teacher, find
+from teachers import Teacher, find, uncropped
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Nets:
     ema: nn.Module  # the student's moving average; the student itself without one
     text: nn.Module | None = None  # captions -> cond; None with a cache
     reader: nn.Module | None = None  # captions -> what the discriminator reads of them; likewise
+    shown: dict[str, Cond] | None = None  # of the prompts of --show
     null: Cond | None = None  # the null caption, encoded once; None: guidance needs none
     cache: Cache | None = None
 
@@ -120,8 +121,20 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     text = None if cache else family.load_text(files, frozen, device)
     reading = cfg.w_gan and not cache
     reader = family.load_reader(files, frozen, device) if reading else None
+    shown = encode_shown(
+        cfg,
+        text
+        or (cfg.show and family.load_text(family.locate(cfg.weights, t5=cfg.t5), frozen, device)),
+        device,
+    )
     null = read_null(cfg, family, text, device)
-    return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, null, cache)
+    return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, shown, null, cache)
+
+
+def encode_shown(cfg: Config, text, device: torch.device) -> dict[str, Cond] | None:
+    """The prompts of --show, (1, ...) each."""
+    sizes = uncropped(cfg.size)
+    return {prompt: text([prompt], device, sizes) for prompt in cfg.show} or None
 
 
 def count_trained(cfg: Config, family: Teacher, disc: Discriminator | None) -> int:

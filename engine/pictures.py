@@ -61,8 +61,10 @@ def side_by_side(
     picture.save(path)
 
 
-def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int = 256) -> None:
-    """`side_by_side` for large images: shrunk until no side is longer than `side`.
+def sheet(
+    path: Path, captions: list[str], columns: dict[str, Tensor], enlarged: int = 1, side: int = 256
+) -> None:
+    """`side_by_side` for images of any size: shrunk until no side is longer than `side`.
 
     columns: title -> (captions, samples, 3, H, W).
     """
@@ -71,7 +73,7 @@ def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int
         scale = min(1.0, side / max(images.shape[-2:]))
         small = F.interpolate(images.flatten(0, 1), scale_factor=scale, mode="area")
         shrunk[title] = small.unflatten(0, images.shape[:2])
-    side_by_side(path, captions, shrunk, scale=1)
+    side_by_side(path, captions, shrunk, scale=enlarged)
 
 
 def aligned(cells: list[list[str]]) -> str:
