@@ -12,7 +12,11 @@ The same command continues an interrupted run. Results are in runs/TEACHER (or -
 student.safetensors, samples.png, curves.png, log.csv, metrics.json.
 """
 
-import argparse
+from engine.flags import train_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    train_arguments(__doc__)
+
 import dataclasses
 import json
 import math
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, Parser, parse, refuse
+from config import Config, refuse
 from dataset.ahead import Ahead
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
@@ -43,14 +47,14 @@ from engine.build import (
     precision,
     whole_net,
 )
-from engine.plan import add_plan_flags, show_plan
+from engine.plan import show_plan
 from engine.progress import Progress, header
 from engine.results import finish, is_examined, show
 from engine.run import LOSSES, Run, keep_samples, open_board, open_log, prepare_folder, say
 from ida import ida_update
 from isg import isg_loss
 from schedule import Rng
-from teachers import configure, find
+from teachers import find
 
 Log = dict[str, list]  # by name: a value for each part of the batch
 RngFor = Callable[[str, range], Rng]  # purpose and sample numbers -> their random numbers
@@ -296,25 +300,9 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
     return run
 
 
-def arguments() -> tuple[Config, argparse.Namespace]:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    overwrite = "start anew where --out holds another run"
-    parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    add_plan_flags(parser)
-    for part, field, off in (
-        ("ida", "ida_decay", 1.0),
-        ("isg", "w_isg", 0.0),
-        ("gan", "w_gan", 0.0),
-    ):
-        same = f"the same as --{field.replace('_', '-')} {off:g}"
-        parser.add_argument(f"--no-{part}", dest=field, action="store_const", const=off, help=same)
-    return parse(parser, configure)
-
-
 def main() -> None:
+    cfg, given = train_arguments(__doc__)
     try:
-        cfg, given = arguments()
         if given.plan:
             raise SystemExit(show_plan(cfg, given))
         device, family = ranks.start(), find(cfg.teacher)

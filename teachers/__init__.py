@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Config, resolve
+from config import Config, near, resolve
 from nets.files import SHARED, Files, Part, find_files
 
 if TYPE_CHECKING:
@@ -344,8 +344,8 @@ def find(name: str) -> Teacher:
 
 def from_family(name: str) -> Teacher:
     if name not in FAMILIES:
-        known = ", ".join(names())
-        raise ValueError(f'unknown teacher "{name}"; choose from {known}, or give a file, mine.py')
+        known = f"choose from {', '.join(names())}, or give a file, mine.py{near(name, FAMILIES)}"
+        raise ValueError(f'unknown teacher "{name}"; {known}')
     return importlib.import_module(f"teachers.{FAMILIES[name]}").TEACHERS[name]
 
 
@@ -364,16 +364,6 @@ def from_file(path: Path) -> Teacher:
 def names(trained: bool = True) -> list[str]:
     """trained: without the few-step models, which are only sampled."""
     return [name for name in FAMILIES if not (trained and find(name).only_sampled)]
-
-
-def denoiser_file(given: str | None) -> Path | None:
-    """--teacher as a file of weights, in place of a name or a Python file. ValueError."""
-    if given is None or given in FAMILIES or given.endswith(".py"):
-        return None
-    if not Path(given).is_file():
-        known = ", ".join(names())
-        raise ValueError(f'unknown teacher "{given}": no file; choose from {known}')
-    return Path(given)
 
 
 def configure(teacher: str = "digits", **flags) -> Config:
