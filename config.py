@@ -11,7 +11,7 @@ Presets are in teachers/, each with its teacher. Imports nothing of ours.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -45,7 +45,7 @@ class Config:
     ida_decay: float = 0.97                 # lambda; 1 turns IDA off
     # intra-segment guidance
     w_isg: float = 1.0                      # weight of the ISG loss; 0 turns ISG off
-    isg_distance: str = "l2"                # l2 (paper) | charbonnier (official code)
+    isg_distance: str = "l2"                # l2 (paper), charbonnier (its code)
     isg_margin: float = 0.02                # how far tau_mid keeps off the segment's ends
     guidance_isg: tuple[float, float] = (1.0, 8.0)  # range of the teacher's guidance scale
     # discriminator
@@ -58,7 +58,8 @@ class Config:
     steps: int = 750                        # iterations
     batch: int = 32                         # samples per rank, at a time
     accumulate: int = 1                     # such batches per rank and iteration
-    lr: float = 1e-5                        # AdamW learning rate of the student
+    optimizer: str = "adamw"                # adamw | muon | package.module.Name of any other
+    lr: float = 1e-5                        # learning rate of the student
     lr_fake: float = 1e-5                   # of the fake score
     lr_disc: float = 1e-5                   # of the discriminator
     lr_warmup: int = 0                      # iterations of linear warm-up
@@ -112,12 +113,16 @@ def parse(
     parser: argparse.ArgumentParser,
     configure: Callable[..., Config],
     arguments: Sequence[str] | None = None,
+    tables: dict[str, Iterable[str]] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Adds a flag per field of Config; returns the resolved configuration, and all arguments.
 
-    configure: the flags that are given -> the configuration; `teachers.configure`.
+    configure: the flags that are given -> the configuration; `teachers.configure`. tables: by field
+    the names to choose from, where a table lists them that is not read here.
     """
-    comments = field_comments()
+    comments, tables = field_comments(), tables or {}
+    for name, table in tables.items():
+        comments[name] += f"; one of {' | '.join(table)}"
     for field in dataclasses.fields(Config):
         name, kind = flag(field.name), field.type
         options = {"default": None, "help": comments[field.name]}
@@ -142,7 +147,10 @@ def parse(
     flags = {
         name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
     }
-    return configure(**flags), given
+    cfg = configure(**flags)
+    for name, table in tables.items():
+        check_choice(cfg, name, table)
+    return cfg, given
 
 
 def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Config:
@@ -164,16 +172,12 @@ def check(cfg: Config) -> None:
     choices = {
         "crop": ("centre", "random"),
         "export": ("student", "full"),
-        "isg_distance": ("l2", "charbonnier"),
         "t_dmd": ("uniform", "logit-normal"),
         "t_fake": ("uniform", "logit-normal"),
         "shard": ("auto", "none", "ddp", "fsdp"),
     }
     for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
-            raise ValueError(
-                f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
-            )
+        check_choice(cfg, name, allowed)
     for name in cfg.disc_augment:
         if name not in ("colour", "translation", "cutout"):
             raise ValueError(
@@ -212,6 +216,13 @@ def check(cfg: Config) -> None:
     if cfg.taus and len(cfg.taus) != cfg.student_steps:
         raise ValueError(
             f"--taus has {len(cfg.taus)} anchors, --student-steps is {cfg.student_steps}; give both"
+        )
+
+
+def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
+    if getattr(cfg, name) not in allowed:
+        raise ValueError(
+            f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
         )
 
 
