@@ -11,6 +11,7 @@ Imports nothing of ours.
 """
 
 import argparse
+import ast
 import dataclasses
 import itertools
 import math
@@ -18,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 if sys.version_info < (3, 11):  # noqa: UP036  every command comes here first; old Pythons read it
@@ -101,6 +103,15 @@ def setting(default, help: str, may: Range | Choice | None = None, group: str = 
 
 # --- every choice --------------------------------------------------------------------------------
 
+
+def keys_of(file: str, table: str) -> tuple[str, ...]:
+    """The keys of a dict at the top of a file, which is read and not run: it would import torch."""
+    for node in ast.parse((Path(__file__).parent / file).read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == table:
+            return tuple(key.value for key in node.value.keys)
+    raise AssertionError(f"{file} has no {table}")
+
+
 COUNT, AMOUNT, SHARE = Range(low=1), Range(low=0), Range(low=0, high=1)
 POSITIVE, ANY = Range(above=0), Range()
 TIMES = Choice(("uniform", "logit-normal"))
@@ -145,7 +156,7 @@ class Config:
         1.0, "weight of the ISG loss; 0 turns ISG off", AMOUNT, group="intra-segment guidance (ISG)"
     )
     isg_distance: str = setting(
-        "l2", "l2: paper; charbonnier: official code", Choice(("l2", "charbonnier"))
+        "l2", "l2: paper; charbonnier: official code", Choice(keys_of("isg.py", "DISTANCES"))
     )
     isg_margin: float = setting(0.02, "how far tau_mid keeps off the segment's ends", SHARE)
     guidance_isg: tuple[float, float] = setting(
@@ -157,7 +168,7 @@ class Config:
     )
     disc_channels: int = setting(0, "channels of its heads; 0: as wide as the backbone", AMOUNT)
     disc_augment: tuple[str, ...] = setting(
-        (), "DiffAugment: any of these", Choice(("colour", "translation", "cutout"))
+        (), "DiffAugment: any of these", Choice(keys_of("discriminator.py", "AUGMENTATIONS"))
     )
     disc_text: bool = setting(True, "condition it on the caption")
     disc_reference: bool = setting(True, "condition it on a real image of the same caption")
@@ -165,9 +176,10 @@ class Config:
     steps: int = setting(750, "iterations", COUNT, group="optimisation")
     batch: int = setting(32, "samples per rank, at a time", COUNT)
     accumulate: int = setting(1, "such batches per rank and iteration", COUNT)
-    lr: float = setting(1e-5, "AdamW learning rate of the student", AMOUNT)
-    lr_fake: float = setting(1e-5, "AdamW learning rate of the fake score", AMOUNT)
-    lr_disc: float = setting(1e-5, "AdamW learning rate of the discriminator", AMOUNT)
+    optimizer: str = setting("adamw", "adamw, muon, or package.module.Name of any other")
+    lr: float = setting(1e-5, "learning rate of the student", AMOUNT)
+    lr_fake: float = setting(1e-5, "learning rate of the fake score", AMOUNT)
+    lr_disc: float = setting(1e-5, "learning rate of the discriminator", AMOUNT)
     lr_warmup: int = setting(0, "iterations of linear warm-up", AMOUNT)
     lr_start: float = setting(0.5, "share of the learning rate at which warm-up begins", SHARE)
     lr_final: float = setting(1.0, "share of it at the end of a cosine; 1: constant", SHARE)
@@ -292,6 +304,13 @@ def check(cfg: Config) -> None:
     if cfg.taus and len(cfg.taus) != cfg.student_steps:
         raise ValueError(
             f"--taus has {len(cfg.taus)} anchors, --student-steps is {cfg.student_steps}; give both"
+        )
+
+
+def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
+    if getattr(cfg, name) not in allowed:
+        raise ValueError(
+            f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
         )
 
 

@@ -43,6 +43,7 @@ from engine.build import (
     anchors,
     build_learners,
     build_nets,
+    check_optimizer,
     open_training_data,
     precision,
     whole_net,
@@ -50,10 +51,10 @@ from engine.build import (
 from engine.plan import show_plan
 from engine.progress import Progress, header
 from engine.results import finish, is_examined, show
-from engine.run import LOSSES, Run, keep_samples, open_board, open_log, prepare_folder, say
+from engine.run import LOSSES, LogFile, Run, keep_samples, open_board, prepare_folder, say
 from ida import ida_update
 from isg import isg_loss
-from schedule import Rng
+from schedule import Rng, anchor_at
 from teachers import find
 
 Log = dict[str, list]  # by name: a value for each part of the batch
@@ -126,8 +127,7 @@ class Draw:
 
     def judged(self) -> dict:
         """What both of the discriminator's losses take."""
-        names = ("made", "reference", "text", "weight")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("made", "reference", "text", "weight")}
 
     def detached(self) -> "Draw":
         made = self.made and [x.detach() for x in self.made]
@@ -150,7 +150,7 @@ def draw_student(batch: Batch, nets: Nets, cfg: Config, rng_for: RngFor) -> Draw
         rng=rng_for("input", batch.ids),
         p_backward=1.0 if batch.images is None else cfg.p_backward,
     )
-    tau_start, tau_end = (x_t.new_full((len(x_t),), tau) for tau in (*taus, 0.0)[i : i + 2])
+    tau_start, tau_end = (anchor_at(taus, k, x_t) for k in (i, i + 1))
     prediction = student(x_t, tau_start, batch.cond)
     x0, weight = schedule.x0(x_t, prediction, tau_start), omega(schedule, tau_start)
     draw = Draw(x0, x_t, prediction, tau_start, tau_end, weight)
@@ -211,7 +211,7 @@ def real_features(
 
 
 def note(log: Log, name: str, value: Tensor) -> Tensor:
-    """Into the log of this step; returns the value."""
+    """A scalar for log.csv, TensorBoard and the curves, by any name; returns the value."""
     log[name].append(value.detach())
     return value
 
@@ -220,18 +220,14 @@ def note(log: Log, name: str, value: Tensor) -> Tensor:
 
 
 def minimise(
-    name: str,
-    losses: Iterable[Tensor],
-    opts: dict[str, Learner],
-    step: int,
-    cfg: Config,
-    log: Log,
+    name: str, losses: Iterable[Tensor], opts: dict[str, Learner], step: int, cfg: Config, log: Log
 ) -> bool:
-    """Gradients of the losses' mean, one loss at a time, then one step of the network's optimizer.
+    """Gradients of the losses' mean, one loss at a time, then one step of the network's optimizers.
 
     No rank steps if any has a loss or a gradient that is not finite. Returns whether it stepped.
     """
     opt, total = opts[name], 0.0
+    opt.zero_grad()  # of what losses of other networks, which came through this one, left in it
     for k, loss in enumerate(losses):
         ranks.sync_gradients(opt.net, last=k == cfg.accumulate - 1)
         (loss / cfg.accumulate).backward()
@@ -240,11 +236,9 @@ def minimise(
     finite = bool(torch.isfinite(total)) and bool(torch.isfinite(norm))
     sound = ranks.agree(finite, norm.device)
     if sound:
-        for group in opt.optimizer.param_groups:
-            group["lr"] = opt.lr * lr_factor(step, cfg)
-        opt.optimizer.step()
+        opt.step(lr_factor(step, cfg))
         torch.clear_autocast_cache()  # its bf16 copies of weights that move here, and in IDA
-    opt.optimizer.zero_grad()
+    opt.zero_grad()
     note(log, f"norm_{name}", norm)
     log["skipped"] = [sum(log["skipped"]) + (not sound)]  # of this step's networks, how many
     return sound
@@ -264,14 +258,14 @@ def lr_factor(step: int, cfg: Config) -> float:
 def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) -> Run:
     """The loop: resume, iterate, examine, save. exam: of the teacher's task, or None."""
     opts, run, folder = build_learners(nets, cfg), Run(), out / "checkpoints"
-    saved = nets.trained(), {name: opt.optimizer for name, opt in opts.items()}
+    saved = nets.trained(), {name: opt.optimizers for name, opt in opts.items()}
     state, remarks = checkpoint.load_checkpoint(folder, *saved)
     first = run.resume(state) if state else 0
     for remark in remarks:
         say(remark)
     for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
         say(line)
-    log = open_log(out / "log.csv", first) if ranks.rank() == 0 else None
+    log = LogFile(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
     steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)
     with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
@@ -281,7 +275,7 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
                 values = train_step(step, batch, nets, opts, cfg)
             values = ranks.mean_over_ranks(values, device)
             if log:
-                log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
+                log.write(step, values)
             for name, value in values.items() if board else ():
                 board.add_scalar(name, value, step)
             bar.show(values)
@@ -307,6 +301,7 @@ def main() -> None:
             raise SystemExit(show_plan(cfg, given))
         device, family = ranks.start(), find(cfg.teacher)
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
+        check_optimizer(cfg.optimizer)
         data = open_training_data(cfg, family)
         if cfg.export == "full" and not family.prefix():
             raise ValueError(f"--export full: the file of {family.name} holds no other network")

@@ -250,7 +250,11 @@ def peak_memory(bench: Bench) -> float:
     _, step, cfg = found[max(found)]  # the student's turn, judged if any is
     nets, batch = bench.nets, bench.batch
     state = [
-        x for opt in bench.opts.values() for s in opt.optimizer.state.values() for x in s.values()
+        x
+        for opt in bench.opts.values()
+        for optimizer in opt.optimizers
+        for s in optimizer.state.values()
+        for x in s.values()
     ]
     held = [nets.student, nets.fake, nets.teacher, nets.vae, nets.disc]
     known = [x for net in held for x in (*net.parameters(), *net.buffers())] + state

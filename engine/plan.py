@@ -14,7 +14,6 @@ Knows nothing of files; no weight is read and no GPU is needed.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -260,9 +259,7 @@ def networks(cfg: Config) -> dict[str, list[nn.Module]]:
     }
     if cfg.w_gan:
         backbone, reader = family.backbone(), family.reader()
-        words = family.embedding_width()
-        disc = Discriminator(ViT(backbone), backbone.width, 1, words, cfg.disc_channels)
-        disc.heads.extend(copy.deepcopy(disc.heads[0]) for _ in backbone.hooks)  # all alike
+        disc = Discriminator(ViT(backbone), family.embedding_width(), cfg.disc_channels)
         found |= {
             "backbone": [disc.backbone],
             "heads": [disc.heads],

@@ -258,7 +258,7 @@ def everything(out: Path) -> dict:
     last = max(out.glob("checkpoints/step-????????"))
     cfg = configure(disc_channels=16)
     nets = build_nets(cfg, CPU)
-    opts = {name: opt.optimizer for name, opt in build_learners(nets, cfg).items()}
+    opts = {name: opt.optimizers for name, opt in build_learners(nets, cfg).items()}
     saved = {"student": nets.student, "fake": nets.fake, "disc": nets.disc.heads, "ema": nets.ema}
     state = checkpoint.state_of(saved, opts)
     with checkpoint.quiet():

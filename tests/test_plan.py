@@ -184,7 +184,7 @@ def test_the_planned_peak_is_that_of_a_real_iteration(teacher, flags):
     parts = [nets.student, nets.fake, nets.teacher, nets.vae, nets.disc]
     given = [batch.images, batch.x0_real, batch.text, *batch.cond.values()]
     given += [] if batch.uncond is None else batch.uncond.values()
-    tracker.track_external(*parts, *given, *(opt.optimizer for opt in opts.values()))
+    tracker.track_external(*parts, *given, *(o for opt in opts.values() for o in opt.optimizers))
     run(step, cfg, nets, opts, batch, tracker)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     measured = costs_of(cfg)
