@@ -137,9 +137,8 @@ def build_disc(
 ) -> Discriminator:
     backbone = family.load_backbone(files, dtype, device)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
-    maps, width = 1 + len(backbone.cfg.hooks), backbone.cfg.width
-    disc = Discriminator(backbone, width, maps, family.embedding_width(), cfg.disc_channels)
-    return disc.to(device)
+    sees, words = (backbone.width, backbone.count), family.embedding_width()
+    return Discriminator(backbone, *sees, words, cfg.disc_channels).to(device)
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:

@@ -141,6 +141,16 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
+    @property
+    def width(self) -> int:
+        """Channels of each map."""
+        return self.cfg.width
+
+    @property
+    def count(self) -> int:
+        """How many maps there are."""
+        return 1 + len(self.cfg.hooks)
+
     def positions(self, rows: int, columns: int) -> Tensor:
         """(1, 1 + rows columns, D), interpolated in fp32."""
         table, n = self.pos_embed.float(), self.cfg.grid
