@@ -353,7 +353,7 @@ def machine(device: torch.device) -> str:
 def table(cfg: Config, found: dict, planned: float) -> str:
     reach, orders = found["reachable"], found["orders"]
     lines = [
-        f"{cfg.teacher}, {cfg.size[0]} x {cfg.size[1]}, batch {cfg.batch}",
+        f"{find(cfg.teacher).name}, {cfg.size[0]} x {cfg.size[1]}, batch {cfg.batch}",
         f"torch {torch.__version__}, {found['machine']}",
         f"{reach / 1e12:.3g} TFLOP/s in a large matrix product",
         "",

@@ -32,9 +32,6 @@ import model
 from config import Config
 from discriminator import Discriminator, disc_loss, gan_loss
 from engine import ranks
-from nets.clip import CLIP
-from nets.vae import VAE, Pixels
-from nets.vision import ViT
 from schedule import Cond, grid
 from teachers import Teacher, find
 
@@ -246,7 +243,7 @@ def conditioning(family: Teacher, batch: int, dtype: torch.dtype) -> Cond:
 def networks(cfg: Config) -> dict[str, list[nn.Module]]:
     """By part, on the meta device; only what is trained wants a gradient."""
     family = find(cfg.teacher)
-    student, vae = family.build(cfg.shift), family.sizes.vae
+    student = family.build(cfg.shift)
     with torch.no_grad():
         family.start(student)
     if cfg.recompute:
@@ -254,17 +251,17 @@ def networks(cfg: Config) -> dict[str, list[nn.Module]]:
     found = {
         "student": [student],
         "teacher": [family.build(cfg.shift)],
-        "VAE": [VAE(vae) if vae else Pixels()],
+        "VAE": [family.build_vae()],
         "text": [net for net, _ in family.text_networks(cfg.t5)],
     }
     if cfg.w_gan:
-        backbone, reader = family.backbone(), family.reader()
-        disc = Discriminator(ViT(backbone), family.embedding_width(), cfg.disc_channels)
+        backbone, reader = family.build_backbone(), family.build_reader()
+        disc = Discriminator(backbone, family.embedding_width(), cfg.disc_channels)
         found |= {
             "backbone": [disc.backbone],
             "heads": [disc.heads],
             "disc": [disc],
-            "reader": [CLIP(reader)] if reader else [],
+            "reader": [reader] if reader else [],
         }
     for part in ("teacher", "VAE", "text"):
         for net in found[part]:
@@ -580,7 +577,7 @@ def report(plan: Plan, memory: float) -> str:
     """The plan as text, in GB (10^9 bytes) of each GPU and TFLOP."""
     cfg, gigabytes = plan.cfg, 1e9
     sizes = f"{cfg.size[0]} x {cfg.size[1]}, {cfg.batch} a GPU"
-    lines = [f"{cfg.teacher}, {sizes}, {plan.gpus} x {memory / gigabytes:g} GB", ""]
+    lines = [f"{find(cfg.teacher).name}, {sizes}, {plan.gpus} x {memory / gigabytes:g} GB", ""]
     lines += ["always there"]
     lines += [f"  {name:<36}{n / gigabytes:>8.2f}" for name, n in plan.parts.items()]
     lines += ["and in the stages of an iteration"]

@@ -19,7 +19,7 @@ Files = dict[str, list[Path]]  # per part, in the order of its table
 class Part:
     """One network's weights, or one tokenizer."""
 
-    repo: str
+    repo: str  # on the hub; "": on none, in a folder alone
     files: tuple[str, ...]  # all of these, as in the repository ...
     others: tuple[tuple[str, ...], ...] = ()  # ... or all of one of these, in a folder only
     prefix: str = ""  # of this network's names, where one file holds several networks
@@ -71,9 +71,9 @@ def find_files(wanted: Mapping[str, Part], weights: Path | None = None) -> Files
     if lacking:
         names = dict.fromkeys(accepted(part, weights) for part in lacking)
         files = [(part, file) for part in lacking for file in absent(part, weights)]
-        raise FileNotFoundError(
-            f"{weights} lacks {', '.join(names)}; fetch with: {fetch(files, weights)}"
-        )
+        command = fetch(files, weights)
+        how = f"; fetch with: {command}" if command else ""
+        raise FileNotFoundError(f"{weights} lacks {', '.join(names)}{how}")
     return found
 
 
@@ -100,6 +100,8 @@ def fetch(files: Iterable[tuple[Part, str]], folder: Path | str) -> str:
     """The command that fetches (part, file) pairs to where they are looked for in a folder."""
     by_repo: dict[tuple[str, Path], dict[str, None]] = {}
     for part, file in files:  # parts may share a file
+        if not part.repo:
+            continue
         by_repo.setdefault((part.repo, Path(folder, part.folder)), {})[file] = None
     return " && ".join(
         f"hf download {repo} {' '.join(names)} --local-dir {target}"
@@ -120,6 +122,8 @@ def from_hub(wanted: Mapping[str, Part]) -> Files:
 
     every = [(part, file) for part in wanted.values() for file in part.files]
     for part, file in every:
+        if not part.repo:
+            raise FileNotFoundError(f"{file} is on no hub; give its folder: --weights DIR")
         if cached(part.repo, file):
             continue
         try:

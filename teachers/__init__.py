@@ -19,8 +19,10 @@ import copy
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Networks:
-    """The sizes of a teacher's networks, as their modules take them."""
+    """The sizes of a teacher's networks, as their modules take them.
+
+    Of a denoiser of any kind asked for: `channels` of the latents and `patch`.
+    """
 
     denoiser: object
     vae: object = None  # None: the latents are the pixels
@@ -57,6 +62,7 @@ class Teacher:
     sampled_at_once = 1  # images at a time, by default; sample.py and evaluate.py ask
     measured_at_once = 8  # images that evaluate.py's networks take at a time
     enlarged = 1  # how many pixels of a PNG a pixel becomes; sample.py asks
+    reads_itself = False  # its own text (`embedding`), not CLIP, reads for the discriminator
     examined = False  # whether `exam` gives one; train.py and evaluate.py ask
     optional: tuple[str, ...] = ()  # parts that --no-t5 does without; whoever locates files asks
     not_weights: tuple[str, ...] = ()  # what is in its files and no network wants
@@ -71,7 +77,10 @@ class Teacher:
     # --- files -----------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, Part]:
-        """Its official files by part: "denoiser", "vae", and what `load_text` asks for."""
+        """Its official files by part: "denoiser", "vae", and what `load_text` asks for.
+
+        And "backbone", if the discriminator shall not see with DINOv2.
+        """
         return {}
 
     def locate(
@@ -84,21 +93,32 @@ class Teacher:
     ) -> Files:
         """Every file that will be wanted, found before anything is loaded; every command asks.
 
-        weights: a folder; "": the hub's cache, else downloaded. denoiser: not, where a student's
-        file is given; text: not, where a cache is; t5: the optional parts; disc: the
-        discriminator's frozen networks too. FileNotFoundError, PermissionError or ValueError.
+        weights: a folder; "": the preset's, else the hub's cache, else downloaded. denoiser: not,
+        where a student's file is given; text: not, where a cache is; t5: the optional parts; disc:
+        the discriminator's frozen networks too. FileNotFoundError, PermissionError or ValueError.
         """
+        weights = weights or self.preset.weights
         if not t5 and not self.optional:
             raise ValueError(f"--no-t5: only SD 3.5 does without T5, {self.name} does not")
-        wanted = self.parts() | (SHARED if disc else {})
+        wanted = dict(self.parts())
+        if disc:
+            wanted = self.shared() | wanted
+        else:
+            wanted.pop("backbone", None)
         if not denoiser:
             wanted.pop("denoiser")
         if not t5:
             wanted = {name: part for name, part in wanted.items() if name not in self.optional}
         if not text:
-            kept = ("denoiser", "vae", "dinov2")
+            kept = ("denoiser", "vae", "backbone", "dinov2")
             wanted = {name: part for name, part in wanted.items() if name in kept}
         return find_files(wanted, Path(weights) if weights else None)
+
+    def shared(self) -> dict[str, Part]:
+        """What the discriminator sees and reads with, where the teacher does not bring it."""
+        own = {"dinov2"} if "backbone" in self.parts() else set()
+        own |= {"clip_vit", "clip_vit_tokenizer"} if self.reads_itself else set()
+        return {name: part for name, part in SHARED.items() if name not in own}
 
     def prefix(self, part: str = "denoiser") -> str:
         """What precedes a network's names in the official file, and in a student's."""
@@ -148,12 +168,17 @@ class Teacher:
 
     # --- what stands around it -------------------------------------------------------------------
 
-    def load_vae(self, files: Files, *how) -> nn.Module:
-        """Images <-> latents. how: dtype and device, as in `load`."""
+    def build_vae(self) -> nn.Module:
+        """Images <-> latents, weights not set; the plan asks."""
         from nets.vae import VAE, Pixels
 
-        cfg = self.sizes.vae
-        return self.load_part(VAE, cfg, "vae", files, *how) if cfg else Pixels()
+        return VAE(self.sizes.vae) if self.sizes.vae else Pixels()
+
+    def load_vae(self, files: Files, *how) -> nn.Module:
+        """how: dtype and device, as in `load`."""
+        if "vae" not in files:
+            return self.build_vae()
+        return self.load_built(self.build_vae, "vae", files, *how)
 
     def load_text(self, files: Files, *how) -> nn.Module:
         """What is called as `text(captions, device, sizes)` and gives `cond`, rows by name.
@@ -165,44 +190,66 @@ class Teacher:
 
     def load_part(self, kind: type, cfg: object, part: str, files: Files, *how, load=None):
         """A frozen network of the teacher's. load: in place of `load_weights`."""
+        return self.load_built(partial(kind, cfg), part, files, *how, load=load)
+
+    def load_built(self, build: Callable, part: str, files: Files, *how, load=None) -> nn.Module:
+        """The same of what `build` makes."""
         import torch
 
         from nets.weights import load_weights
 
         with torch.device("meta"):
-            net = kind(cfg)
+            net = build()
         dtype, device = how or (torch.float32, "cpu")
-        ignore = getattr(kind, "duplicates", ()) or self.not_weights
+        ignore = getattr(net, "duplicates", ()) or self.not_weights
         (load or load_weights)(net, files[part], dtype, device, self.prefix(part), ignore)
         return net.requires_grad_(False).eval()
 
     def backbone(self):
-        """Sizes of the discriminator's frozen network; the plan asks."""
+        """Sizes of the discriminator's frozen network."""
         from nets.vision import DINOV2_LARGE
 
         return self.sizes.backbone or DINOV2_LARGE
 
     def reader(self):
-        """Sizes of what reads captions for the discriminator; the plan asks. None: no network."""
+        """Sizes of what reads captions for the discriminator, where the teacher does not."""
         from nets.vision import CLIP_VIT_LARGE_TEXT
 
         return self.sizes.reader or CLIP_VIT_LARGE_TEXT
+
+    def build_backbone(self) -> nn.Module:
+        """The discriminator's frozen network, weights not set; the plan asks. See Discriminator."""
+        from nets.vision import ViT
+
+        return ViT(self.backbone())
+
+    def build_reader(self) -> nn.Module | None:
+        """What reads captions for the discriminator, beside the teacher's text; the plan asks."""
+        from nets.clip import CLIP
+
+        return None if self.reads_itself else CLIP(self.reader())
 
     def load_backbone(self, files: Files, *how) -> nn.Module:
         """The discriminator's frozen network. how: as in `load`."""
         from nets.vision import load_vit
 
+        if "backbone" in files:
+            return self.load_built(self.build_backbone, "backbone", files, *how)
         return load_vit(self.backbone(), files["dinov2"][0], *how)
 
     def load_reader(self, files: Files, *how) -> nn.Module:
         """What reads captions for the discriminator (its `embedding`). how: as in `load`."""
         from nets.vision import load_clip_text
 
+        if self.reads_itself:
+            return self.load_text(files, *how)
         where = (*files["clip_vit"], *files["clip_vit_tokenizer"])
         return load_clip_text(*where, *how, cfg=self.reader())
 
     def embedding_width(self) -> int:
         """Of what the reader makes of a caption; the discriminator asks."""
+        if self.reads_itself:
+            raise NotImplementedError(f"{self.name} does not say the width of its embedding")
         cfg = self.reader()
         return cfg.embedding or cfg.width
 
@@ -213,7 +260,10 @@ class Teacher:
         raise NotImplementedError(f"{self.name} does not say the shapes of its text")
 
     def text_networks(self, t5: bool = True) -> list[tuple[nn.Module, int]]:
-        """Its text encoders, weights not set, and the tokens each reads; the plan asks."""
+        """Its text encoders, weights not set, and the tokens each reads; the plan asks.
+
+        Each is called with ids (B, tokens).
+        """
         from nets.clip import CLIP, CLIP_LENGTH
 
         return [(CLIP(cfg), CLIP_LENGTH) for cfg in (self.sizes.clip_l, self.sizes.clip_g) if cfg]
@@ -279,9 +329,9 @@ class Teacher:
     def scaled(self, scale: float, depth: int) -> Teacher:
         """All widths times `scale`, in whole heads and groups; the denoiser's depth, if not 0."""
         sizes = self.sizes
-        around = {"backbone": replace(self.backbone(), **scaled_heads(self.backbone(), scale))}
+        around = {"backbone": scaled_sizes(self.backbone(), scale)}
         if sizes.vae:
-            around["vae"] = replace(sizes.vae, **scaled_groups(sizes.vae, scale))
+            around["vae"] = scaled_sizes(sizes.vae, scale)
         if sizes.t5:  # as wide as the denoiser reads, with fewer heads and a narrower MLP
             count = max(1, round(scale * sizes.t5.heads))
             hidden = max(64, round(scale * sizes.t5.hidden))
@@ -291,8 +341,7 @@ class Teacher:
 
     def scaled_denoiser(self, cfg, scale: float, depth: int):
         """Its denoiser's sizes for `scaled`."""
-        deep = depth or cfg.depth
-        return replace(cfg, **scaled_heads(cfg, scale), depth=deep)
+        return scaled_sizes(cfg, scale, depth)
 
     # --- what a task brings of its own -----------------------------------------------------------
 
@@ -319,6 +368,15 @@ def scaled_heads(cfg, scale: float) -> dict[str, int]:
 def scaled_groups(cfg, scale: float) -> dict[str, int]:
     """Width of a convolutional network, in whole groups."""
     return {"width": max(1, round(scale * cfg.width / cfg.groups)) * cfg.groups}
+
+
+def scaled_sizes(cfg, scale: float, depth: int = 0):
+    """Sizes with a width in whole heads or groups; those that name neither stay as they are."""
+    named = {field.name for field in fields(cfg)}
+    deep = {"depth": depth} if depth and "depth" in named else {}
+    if "heads" in named:
+        return replace(cfg, **scaled_heads(cfg, scale), **deep)
+    return replace(cfg, **(scaled_groups(cfg, scale) if "groups" in named else {}), **deep)
 
 
 # --- by name -------------------------------------------------------------------------------------
@@ -354,10 +412,17 @@ def from_file(path: Path) -> Teacher:
         raise ValueError(f"--teacher {path}: there is no such file; docs/own_teacher.md shows one")
     spec = importlib.util.spec_from_file_location(f"own_teacher_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # where its dataclasses look for themselves
+    sys.path.append(str(path.parent.resolve()))  # it may import what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except (ValueError, OSError) as error:  # of its own making: no word to whoever gave the flag
+        raise RuntimeError(f"{path} cannot be imported") from error
     teacher = getattr(module, "TEACHER", None)
     if not isinstance(teacher, Teacher):
         raise ValueError(f"--teacher {path} defines no TEACHER; docs/own_teacher.md shows one")
+    if teacher.name in FAMILIES:  # a student's file would be taken for the other's
+        raise ValueError(f'--teacher {path}: "{teacher.name}" is taken; give yours another name')
     return teacher
 
 

@@ -38,7 +38,7 @@ FEWER = {"lr_fake": 5e-4, "guidance_dmd": (1.5, 3.5), "w_isg": 0.3, "w_gan": 0.0
 
 class Digits(Teacher):
     sampled_at_once, measured_at_once, enlarged = 64, 256, 8
-    examined = True
+    examined = reads_itself = True
     own_data, own_features = "the embedded task", "the digits have 16 x 16"
 
     def locate(
@@ -51,7 +51,7 @@ class Digits(Teacher):
     ) -> Files:
         return {
             "denoiser": [ASSETS / "teacher.safetensors"],
-            "dinov2": [ASSETS / "backbone.safetensors"],
+            "backbone": [ASSETS / "backbone.safetensors"],
         }
 
     def full_size(self) -> Networks:
@@ -83,12 +83,6 @@ class Digits(Teacher):
         from digits.words import SceneText
 
         return SceneText()
-
-    def reader(self) -> None:
-        return None  # SceneText has no weights
-
-    def load_reader(self, files: Files, *how):
-        return self.load_text(files)
 
     def embedding_width(self) -> int:
         return self.sizes.denoiser.pooled_width
