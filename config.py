@@ -15,10 +15,23 @@ import ast
 import dataclasses
 import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from errno import (
+    EACCES,
+    EDQUOT,
+    EEXIST,
+    EFBIG,
+    EISDIR,
+    ENOENT,
+    ENOSPC,
+    ENOTDIR,
+    EPERM,
+    EROFS,
+)
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,7 +73,7 @@ class Range:
             if not (finite and within):
                 allowed = ["" if finite else "a finite number", self.words()]
                 must = f"{'each' if several else 'it'} must be {', '.join(filter(None, allowed))}"
-                raise ValueError(f"{name} is {shown(value)}; {must}")
+                raise Refusal(f"{name} is {shown(value)}; {must}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Choice:
         for word in value if several else (value,):
             if word not in self.words:
                 known = f"choose from {', '.join(self.words)}{near(word, self.words)}"
-                raise ValueError(f'{name} {"has" if several else "is"} "{word}"; {known}')
+                raise Refusal(f'{name} {"has" if several else "is"} "{word}"; {known}')
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -267,13 +280,32 @@ class Parser(argparse.ArgumentParser):
         return near(name, flags)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+        text = f"{self.prog}: {message} ({self.prog} --help lists the options)\n"
+        self.exit(2, text if os.environ.get("RANK", "0") == "0" else None)
 
 
-def refuse(error: Exception | str) -> NoReturn:
-    """Stop on what the user can put right: one line, exit code 2."""
-    print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+class Refusal(ValueError):
+    """What the user can put right: one line with the value and the remedy, and exit code 2."""
+
+
+def refuse(error: Exception | str, spoken: bool | None = None) -> NoReturn:
+    """Stop on what the user can put right: one line, exit code 2.
+
+    spoken: whether this rank says it; None: the first does.
+    """
+    if os.environ.get("RANK", "0") == "0" if spoken is None else spoken:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+# What a machine may lack, as errno names it; an OSError without a number is one of ours.
+LACKING = (None, ENOENT, ENOTDIR, EISDIR, EEXIST, EACCES, EPERM, EROFS, ENOSPC, EDQUOT, EFBIG)
+
+
+def is_refusal(error: Exception) -> bool:
+    """A refusal, a missing file, no permission, a full disk. Anything else is a bug of ours, and
+    keeps its traceback."""
+    return isinstance(error, Refusal) or (isinstance(error, OSError) and error.errno in LACKING)
 
 
 def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Config:
@@ -298,20 +330,18 @@ def check(cfg: Config) -> None:
     for name in ("guidance_dmd", "guidance_isg"):
         low, high = getattr(cfg, name)
         if low > high:
-            raise ValueError(f"{flag(name)} is {low} {high}; the smaller number comes first")
+            raise Refusal(f"{flag(name)} is {low} {high}; the smaller number comes first")
     if any(a <= b for a, b in itertools.pairwise(cfg.taus)):
-        raise ValueError(f"--taus is {shown(cfg.taus)}; anchors fall, each below the one before")
+        raise Refusal(f"--taus is {shown(cfg.taus)}; anchors fall, each below the one before")
     if cfg.taus and len(cfg.taus) != cfg.student_steps:
-        raise ValueError(
+        raise Refusal(
             f"--taus has {len(cfg.taus)} anchors, --student-steps is {cfg.student_steps}; give both"
         )
 
 
 def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
     if getattr(cfg, name) not in allowed:
-        raise ValueError(
-            f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
-        )
+        raise Refusal(f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}')
 
 
 def differences(old: dict, new: Config) -> list[str]:

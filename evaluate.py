@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import refuse
+from config import Refusal, refuse
 from dataset.images import BAD, Images, read_text
 from dataset.sources import open_data
 from digits.exam import Exam, aligned, format_table
@@ -80,7 +80,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     family = teacher_of(given.student, None if own_denoiser else given.teacher)
     preset = family.preset
     if family.own_data and given.data:
-        raise ValueError(f"--data {given.data}: {family.own_data} has its own; or give --prompts")
+        raise Refusal(f"--data {given.data}: {family.own_data} has its own; or give --prompts")
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
     family.check_size(size)
     family.check_measured(size)
@@ -119,7 +119,7 @@ def prepare(
     asked = {title: path for title, path in paths.items() if path}
     if task.family.own_features and asked:
         title = next(iter(asked))
-        raise ValueError(f"{title} reads 224 x 224 pixels; {task.family.own_features}")
+        raise Refusal(f"{title} reads 224 x 224 pixels; {task.family.own_features}")
     scorers = {} if task.family.own_features else check_scorers(task.scorers, asked)
     task.out.mkdir(parents=True, exist_ok=True)
     if exam:
@@ -135,7 +135,7 @@ def ask(
         prompts, n = exam.prompts[:: exam.samples], given.n or len(exam.prompts)
         each = exam.samples
         if given.per_prompt not in (None, each):
-            raise ValueError(f"--per-prompt is {given.per_prompt}; the exam draws {each}")
+            raise Refusal(f"--per-prompt is {given.per_prompt}; the exam draws {each}")
     else:
         n = given.n or 5000
         prompts = read_prompts(given, family, size, n)
@@ -143,7 +143,7 @@ def ask(
     prompts = prompts[: n // each]
     if len(prompts) < FEWEST[0] or len(prompts) * each < FEWEST[1]:
         what = f"{len(prompts)} prompts with {each} images each say too little"
-        raise ValueError(f"{what}; at least {FEWEST[0]} prompts and {FEWEST[1]} images are needed")
+        raise Refusal(f"{what}; at least {FEWEST[0]} prompts and {FEWEST[1]} images are needed")
     return prompts, each
 
 
@@ -155,7 +155,7 @@ def read_prompts(
         prompts = [line.strip() for line in read_text(given.prompts).splitlines()]
         prompts = [prompt for prompt in prompts if prompt]
         if not prompts:
-            raise ValueError(f"{given.prompts} holds no prompt; give one a line")
+            raise Refusal(f"{given.prompts} holds no prompt; give one a line")
         return prompts
     data = open_data(given.data or family.preset.data, size, 0)
     if isinstance(data, Images):  # whose images are not wanted
@@ -282,21 +282,18 @@ def picture(task: Task, path: Path) -> None:
 def main() -> None:
     given = evaluate_arguments(__doc__)
     try:
-        device = ranks.start()
-        inception = load_inception(given.inception)
-        task, exam = resolve_task(given)
-        scorers, *_ = ranks.on_all_ranks(partial(prepare, task, exam, given, device))
-        draw_missing(task, device, ranks.rank(), ranks.world())
-    except (ValueError, OSError) as error:
-        refuse(error)
+        with ranks.refusals():
+            device = ranks.start()
+            inception = load_inception(given.inception)
+            task, exam = resolve_task(given)
+            scorers, *_ = ranks.on_all_ranks(partial(prepare, task, exam, given, device))
+            draw_missing(task, device, ranks.rank(), ranks.world())
     except KeyboardInterrupt:
         refuse("interrupted; the same command draws what is missing")
     ranks.barrier()
     if ranks.rank() == 0:
-        try:
+        with ranks.refusals():
             rows = measure_all(task, scorers, inception, given.resamples, device)
-        except (ValueError, OSError) as error:
-            refuse(error)
         print(measures_table(rows))
         metrics = {"teacher": given.teacher or task.family.name, "student": str(given.student)}
         metrics |= {"prompts": len(task.prompts), "images": task.count, "seed": task.seed}

@@ -26,15 +26,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import refuse
+from config import Refusal
 from dataset.images import read_text
+from engine import ranks
+from engine.batch import encode_all
 from engine.pictures import save_png
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import (
     Teacher,
-    encode_all,
     find,
     read_student,
     student_taus,
@@ -63,7 +64,7 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     given.scale = given.scale or family.enlarged
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
     if family.guided_by == "none" and given.guidance:
-        raise ValueError(f"--guidance {given.guidance:g}: {family.name} takes none")
+        raise Refusal(f"--guidance {given.guidance:g}: {family.name} takes none")
     family.check_size(size)
     return settings, family
 
@@ -96,7 +97,7 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
     lines = read_text(given.prompts).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{given.prompts} holds no prompt")
+        raise Refusal(f"{given.prompts} holds no prompt")
     return prompts
 
 
@@ -110,7 +111,7 @@ def out_paths(out: Path, count: int) -> list[Path]:
 def main() -> None:
     given = sample_arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with ranks.refusals():
         settings, family = resolve_settings(given)
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
@@ -122,8 +123,6 @@ def main() -> None:
         del text  # tens of gigabytes for the large teachers
         net = load(given, settings, family, files, device)
         vae = family.load_vae(files, dtype, device)
-    except (ValueError, OSError) as error:
-        refuse(error)
     bar = tqdm(total=len(jobs), desc="images")
     for start in range(0, len(jobs), given.batch):
         part = jobs[start : start + given.batch]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, refuse
+from config import Config, Refusal, refuse
 from dataset.ahead import Ahead
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
@@ -294,9 +294,14 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
     return run
 
 
+def last_checkpoint(out: Path) -> str:
+    newest = next(iter(checkpoint.checkpoints(out / "checkpoints")), None)
+    return f"; the last good checkpoint is {newest}" if newest else ""
+
+
 def main() -> None:
     cfg, given = train_arguments(__doc__)
-    try:
+    with ranks.refusals():
         if given.plan:
             raise SystemExit(show_plan(cfg, given))
         device, family = ranks.start(), find(cfg.teacher)
@@ -304,7 +309,7 @@ def main() -> None:
         check_optimizer(cfg.optimizer)
         data = open_training_data(cfg, family)
         if cfg.export == "full" and not family.prefix():
-            raise ValueError(f"--export full: the file of {family.name} holds no other network")
+            raise Refusal(f"--export full: the file of {family.name} holds no other network")
         out = prepare_folder(cfg, given.overwrite)
         cache = fill_cache(cfg, family, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
@@ -313,20 +318,14 @@ def main() -> None:
         teacher = whole_net(nets.teacher, cfg, family) if examined else None
         if exam:
             exam.ask_teacher(teacher)
-    except (ValueError, OSError) as error:
-        refuse(error)
     if ranks.rank() == 0:  # not before: what was refused leaves nothing behind
         settings = dataclasses.asdict(cfg) | {"world": ranks.world()}
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     start = time.time()
     try:
-        run = train(cfg, out, nets, data, exam, device)
-        finish(cfg, out, nets, data, exam, run, device, start)
-    except ValueError as error:  # too many bad samples, or a cache of other data
-        refuse(error)
-    except (FloatingPointError, OSError) as error:
-        newest = next(iter(checkpoint.checkpoints(out / "checkpoints")), "none")
-        refuse(f"{error}; the last good checkpoint is {newest}")
+        with ranks.refusals(also=(FloatingPointError,), note=partial(last_checkpoint, out)):
+            run = train(cfg, out, nets, data, exam, device)
+            finish(cfg, out, nets, data, exam, run, device, start)
     except KeyboardInterrupt:
         refuse("interrupted; the same command continues from the last checkpoint")
     ranks.stop()

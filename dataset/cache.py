@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from config import Refusal
 from dataset.images import Pairs
 from nets.weights import open_weights
 
@@ -48,10 +49,10 @@ def check_purpose(folder: Path, about: dict) -> None:
         try:
             was = json.loads(path.read_text())
         except json.JSONDecodeError:
-            raise ValueError(f"{path} is damaged; choose another --cache, or remove it") from None
+            raise Refusal(f"{path} is damaged; choose another --cache, or remove it") from None
         changed = [f"{k}: {was.get(k)} -> {v}" for k, v in about.items() if was.get(k) != v]
         if changed:
-            raise ValueError(
+            raise Refusal(
                 f"--cache {folder} was made for something else ({'; '.join(changed)}); "
                 "choose another folder"
             )
@@ -116,7 +117,7 @@ class Cache:
         found = []
         for key, caption in zip(digests(pairs), pairs.captions, strict=True):
             if key not in self.places:
-                raise ValueError(
+                raise Refusal(
                     f'--cache {self.folder} does not hold "{caption[:40]}" as it is now: '
                     "the data have changed; choose another folder"
                 )

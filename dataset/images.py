@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from config import Refusal
 from schedule import generator
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -108,21 +109,21 @@ def list_json(path: Path) -> ImageFiles:
         else:
             entries = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not the JSON its name says ({error})") from None
+        raise Refusal(f"{path} is not the JSON its name says ({error})") from None
     if isinstance(entries, dict):
         images = field(entries, [f"{name}s" for name in IMAGE_FIELDS])
         captions = field(entries, [f"{name}s" for name in CAPTION_FIELDS])
         sound = isinstance(images, list) and isinstance(captions, list)
         if not sound or len(images) != len(captions):
-            raise ValueError(f"{path} needs lists of one length, image_paths and prompts")
+            raise Refusal(f"{path} needs lists of one length, image_paths and prompts")
     else:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f'{path} needs objects {{"image": ..., "caption": ...}}')
+            raise Refusal(f'{path} needs objects {{"image": ..., "caption": ...}}')
         images = [field(entry, IMAGE_FIELDS) for entry in entries]
         captions = [field(entry, CAPTION_FIELDS) for entry in entries]
     for number, image in enumerate(images, 1):
         if not isinstance(image, str) or not image:
-            raise ValueError(f"{path}: entry {number} names no image")
+            raise Refusal(f"{path}: entry {number} names no image")
     captions = [caption if isinstance(caption, str) else "" for caption in captions]
     return ImageFiles([path.parent / image for image in images], captions, {})
 
@@ -136,7 +137,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text") from None
+        raise Refusal(f"{path} is no UTF-8 text") from None
 
 
 # --- where: WebDataset shards --------------------------------------------------------------------
@@ -467,7 +468,7 @@ class Images:
                 continue
             self._note(item)
             return caption, *cut(image, size, where)
-        raise ValueError(f"no sample can be read: {self._named(list(self.bad.items()))}")
+        raise Refusal(f"no sample can be read: {self._named(list(self.bad.items()))}")
 
     def _note(self, item: int, why: str = "") -> None:
         with self.lock:
@@ -477,7 +478,7 @@ class Images:
             bad, seen = self._count(), len(self.seen)
             if bad > BAD_SHARE * max(seen, 20, min(BAD_OF, len(self.source))):
                 named = self._named(list(self.bad.items()))
-                raise ValueError(f"{bad} of {seen} samples are bad, repair or remove them: {named}")
+                raise Refusal(f"{bad} of {seen} samples are bad, repair or remove them: {named}")
 
     def _count(self) -> int:
         return len(self.bad) - len(self.source.faults)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from config import Refusal
 from dataset.images import (
     Epochs,
     ImageFiles,
@@ -39,7 +40,7 @@ class Prompts:
     def __init__(self, path: Path, seed: int):
         self.captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not self.captions:
-            raise ValueError(f"--data {path} holds no prompt. {FORMS}")
+            raise Refusal(f"--data {path} holds no prompt. {FORMS}")
         count = len(self.captions)
         self.epochs = Epochs(count, lambda draw: torch.randperm(count, generator=draw), seed)
 
@@ -63,15 +64,15 @@ def open_data(
     Raises ValueError or FileNotFoundError.
     """
     if crop not in ("centre", "random"):
-        raise ValueError(f'--crop is "{crop}"; choose from centre, random')
+        raise Refusal(f'--crop is "{crop}"; choose from centre, random')
     if buckets and (size[0] % 64 or size[1] % 64):
-        raise ValueError(f"--size {size[0]} {size[1]}: with --buckets, sides are multiples of 64")
+        raise Refusal(f"--size {size[0]} {size[1]}: with --buckets, sides are multiples of 64")
     if Path(path).suffix == ".txt" and Path(path).is_file():
         return Prompts(Path(path), seed)
     source = open_source(path)
     if not len(source):
         broken = "".join(f"; {name}: {why}" for name, why in list(source.faults.items())[:5])
-        raise ValueError(f"--data {path} holds no image with a caption{broken}. {FORMS}")
+        raise Refusal(f"--data {path} holds no image with a caption{broken}. {FORMS}")
     return Images(source, size, seed, crop, buckets, batch)
 
 
@@ -90,10 +91,10 @@ def open_source(path: str) -> ImageFiles | Shards:
     if not where.exists():
         raise FileNotFoundError(f"--data {path} is missing. {FORMS}")
     if where.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"--data {path} is none of these. {FORMS}")
+        raise Refusal(f"--data {path} is none of these. {FORMS}")
     files = list_json(where)
     if len(files) and not any(image.is_file() for image in files.images[:20]):
-        raise ValueError(
+        raise Refusal(
             f"--data {path}: {files.images[0]} is missing, and so are those listed next; "
             "paths are relative to the list"
         )

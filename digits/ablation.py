@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from config import refuse
 from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times
+from engine import ranks
 from engine.pictures import Graph, graphs_alone
 from schedule import grid
 from teachers import find, read_student, student_taus
@@ -196,22 +197,21 @@ def main() -> None:
     torch.set_num_threads(1)  # beside it train others
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
-        exam = Exam(PRESET.guidance)
-        teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"], *HOW)
-        teacher.requires_grad_(False).eval()
-        exam.ask_teacher(teacher)
-        students = run_all(given, exam)
-        rows = teacher_rows(exam, teacher)
-        text = table(rows, students)
-        print(text)
-        (given.out / "table.md").write_text(text + "\n")
-        metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
-        (given.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        picture(given.out / "ablation.png", rows, students)
-        print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
-    except (ValueError, OSError) as error:
-        refuse(error)
+        with ranks.refusals():
+            given.out.mkdir(parents=True, exist_ok=True)
+            exam = Exam(PRESET.guidance)
+            teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"], *HOW)
+            teacher.requires_grad_(False).eval()
+            exam.ask_teacher(teacher)
+            students = run_all(given, exam)
+            rows = teacher_rows(exam, teacher)
+            text = table(rows, students)
+            print(text)
+            (given.out / "table.md").write_text(text + "\n")
+            metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
+            (given.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+            picture(given.out / "ablation.png", rows, students)
+            print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
     except KeyboardInterrupt:
         refuse("interrupted; the same command continues")
 

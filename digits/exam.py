@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Refusal
 from digits import ASSETS
 from digits.judge import Verdict, load_judge
 from digits.scenes import HORIZONTAL, VERTICAL, DigitScenes
@@ -236,7 +237,7 @@ def cached_samples(fingerprint: str) -> list[Tensor] | None:
                 return None
             return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(
+        raise Refusal(
             f"{path} is damaged ({error}); make it anew: python -m digits.pretrain samples"
         ) from None
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import Refusal
 from digits import ASSETS
 from digits.words import ANY_DIGIT, COLOURS, DIGITS, WORD_ID, attributes
 from schedule import generator
@@ -166,11 +167,11 @@ def load_digits() -> tuple[Tensor, Tensor]:
         with np.load(path) as file:
             images, labels = file["images"], file["labels"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(
+        raise Refusal(
             f"{path} is missing or damaged ({error}); restore it with: git checkout assets"
         ) from None
     if images.shape != (1797, 8, 8) or labels.shape != (1797,):
-        raise ValueError(
+        raise Refusal(
             f"{path} does not hold the 1,797 digits; restore it with: git checkout assets"
         )
     return torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from config import Refusal
+
 PAD = "[pad]"
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -76,14 +78,14 @@ class SceneText(nn.Module):
         if unknown:
             known = ", ".join((*COLOURS, *DIGITS, ANY_DIGIT, "left of", "above", "and"))
             names = ", ".join(f'"{word}"' for word in unknown)
-            raise ValueError(
+            raise Refusal(
                 f'unknown word {names} in the prompt "{caption}"; the vocabulary is: a, an, {known}'
             )
         ids = self.tokenizer.encode(caption).ids
         if len(ids) != len(SLOTS) or any(
             i not in ok for i, ok in zip(ids, self.allowed, strict=True)
         ):
-            raise ValueError(f'the prompt "{caption}" is not of the form: {GRAMMAR}')
+            raise Refusal(f'the prompt "{caption}" is not of the form: {GRAMMAR}')
         return ids
 
     def encode(self, ids: Tensor) -> dict[str, Tensor]:

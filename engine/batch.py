@@ -4,6 +4,7 @@
     ids_of        which samples a rank takes at a step
     load_batch    from the frozen networks, or from a cache of what they made
     frozen_rows   what they make of samples
+    encode_all    prompts ahead, so that the encoders can go
     fill_cache    --cache: written where it is not there yet, by all ranks; then only read
 
 B batch, C h w latent, E width of the discriminator's text.
@@ -16,14 +17,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from config import Config
+from config import Config, Refusal
 from dataset.ahead import batch_ids
 from dataset.cache import Cache, check_purpose, complete, write_cache
 from engine import ranks
 from nets.weights import open_weights
 from schedule import Cond
-from teachers import Teacher, uncropped
+from teachers import Teacher
 
 
 @dataclass
@@ -104,9 +106,9 @@ def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cach
     """ValueError where there is nothing to keep, or the folder was made for something else."""
     if family.own_data or cfg.crop == "random":
         why = f"{family.own_data} has" if family.own_data else "--crop random leaves"
-        raise ValueError(f"--cache {cfg.cache}: {why} nothing to keep")
+        raise Refusal(f"--cache {cfg.cache}: {why} nothing to keep")
     if cfg.buckets:  # at the border of two, an image is cropped otherwise in every epoch
-        raise ValueError(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
+        raise Refusal(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
     folder, count = Path(cfg.cache), data.epochs.length
     about = {"teacher": family.name, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
     about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
@@ -137,3 +139,24 @@ def read_null(
         return text([""], device, uncropped(cfg.size))
     with open_weights(Path(cfg.cache) / "null.safetensors") as file:
         return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def uncropped(size: tuple[int, int]) -> tuple[int, ...]:
+    """`sizes` of a whole image of this height and width, as a teacher's text takes them."""
+    return (*size, 0, 0, *size)
+
+
+def encode_all(
+    text: nn.Module, captions: list[str], batch: int, device: torch.device, size: tuple[int, int]
+) -> dict[str, Cond]:
+    """The cond of every caption (no batch dimension), on the CPU, so that the encoders can go."""
+    captions, conds = list(dict.fromkeys(captions)), {}
+    for start in tqdm(range(0, len(captions), batch), desc="prompts", leave=False):
+        part = captions[start : start + batch]
+        cond = text(part, device, uncropped(size))
+        for k, caption in enumerate(part):
+            conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
+    return conds

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from config import Config, refuse
+from config import Config, Refusal
 from discriminator import augment, disc_loss, gan_loss, omega
 from dmd import fake_loss, student_input
-from engine import plan
+from engine import plan, ranks
 from ida import ida_update
 from schedule import Rng
 from teachers import FOUND, find
@@ -394,19 +394,17 @@ def free_memory(device: torch.device) -> int:
 def main() -> None:
     cfg, given = bench_arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with ranks.refusals():
         find(cfg.teacher).check_size(cfg.size)
         cfg = replace(cfg, p_backward=0.0, ema=0.0, w_gan=cfg.w_gan or 1.0)
         FOUND[cfg.teacher] = find(cfg.teacher).scaled(given.width_scale, given.depth)
         measured = plan.Measured(cfg, device.type == "cuda")
         planned, free = measured.plan(1, cached=True).total, free_memory(device)
         if planned > free:
-            raise ValueError(
+            raise Refusal(
                 f"needs {planned / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
                 "take a smaller --width-scale, --depth, --size or --batch"
             )
-    except ValueError as error:
-        refuse(error)
     found = measure(prepare(cfg, device), given.iterations, given.compile)
     print(table(cfg, found, planned))
     if given.out:

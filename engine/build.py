@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, Refusal
 from dataset.cache import Cache
 from dataset.images import Images
 from dataset.sources import Prompts, open_data
 from discriminator import Discriminator
 from engine import ranks
-from engine.batch import read_null
+from engine.batch import read_null, uncropped
 from nets.files import Files
 from schedule import Cond, generator, grid
-from teachers import Teacher, find, uncropped
+from teachers import Teacher, find
 
 
 @dataclass
@@ -87,16 +87,16 @@ def open_training_data(cfg: Config, family: Teacher):
     own = family.data(cfg.seed)
     if own is not None:
         if cfg.buckets:
-            raise ValueError(f"--buckets: {family.name} has no images of several shapes")
+            raise Refusal(f"--buckets: {family.name} has no images of several shapes")
         return own
     batch = cfg.batch * cfg.accumulate
     data = open_data(cfg.data, cfg.size, cfg.seed, cfg.crop, cfg.buckets, batch)
     if cfg.buckets and not isinstance(data, Images):
-        raise ValueError(f"--buckets: {cfg.data} has no images of several shapes")
+        raise Refusal(f"--buckets: {cfg.data} has no images of several shapes")
     for size in data.sizes if cfg.buckets else ():
         family.check_size(size)
     if isinstance(data, Prompts) and cfg.w_gan:
-        raise ValueError(f"--data {cfg.data} has no images to judge by; add --no-gan")
+        raise Refusal(f"--data {cfg.data} has no images to judge by; add --no-gan")
     return data
 
 
@@ -208,7 +208,7 @@ def optimizer_class(name: str) -> type:
     try:
         return getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise Refusal(
             f'--optimizer is "{name}"; choose adamw, muon or package.module.Name ({error})'
         ) from None
 

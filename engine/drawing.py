@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.batch import encode_all
 from engine.pictures import save_png
 from measure.distances import from_uint8
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
-from teachers import Teacher, encode_all, read_student, times_of
+from teachers import Teacher, read_student, times_of
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from config import (
     Config,
     Parser,
     Range,
+    Refusal,
     flag,
     near,
     refuse,
     shown,
 )
-from teachers import FAMILIES, configure, find, names
+from teachers import configure, find, is_named, names
 
 HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
@@ -85,7 +86,7 @@ def train_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
             parser.print_help()
             parser.exit()
         return configure(**flags), given
-    except ValueError as error:
+    except Refusal as error:
         refuse(error)
 
 
@@ -149,15 +150,16 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=int, may=COUNT, help=scale)
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
     given = parser.parse_args()
+    given.checkpoint = student_file(given.checkpoint)
     try:
         if given.teacher:
             find(given.teacher)
         elif not given.checkpoint:
-            raise ValueError("one of --checkpoint and --teacher is needed: who shall draw?")
+            raise Refusal("one of --checkpoint and --teacher is needed: who shall draw?")
         if given.out.suffix.lower() != ".png":
             name = f"--out {given.out}"
-            raise ValueError(f"{name}: images are written as PNG; give a name that ends in .png")
-    except ValueError as error:
+            raise Refusal(f"{name}: images are written as PNG; give a name that ends in .png")
+    except Refusal as error:
         refuse(error)
     return given
 
@@ -205,12 +207,18 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     out = "folder of images and results; default: evaluation/ beside the student"
     parser.add_argument("--out", type=Path, help=out)
     given = parser.parse_args()
+    given.student = student_file(given.student)
     try:
         if given.teacher and not denoiser_file(given.teacher):
             find(given.teacher)
-    except ValueError as error:
+    except Refusal as error:
         refuse(error)
     return given
+
+
+def student_file(path: Path | None) -> Path | None:
+    """A run's folder stands for the student in it."""
+    return path / "student.safetensors" if path and path.is_dir() else path
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -226,11 +234,11 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def denoiser_file(teacher: str | None) -> Path | None:
     """--teacher as a file of weights, and not a name or a Python file. ValueError."""
-    if teacher is None or teacher in FAMILIES or teacher.endswith(".py"):
+    if teacher is None or is_named(teacher):
         return None
     if not Path(teacher).is_file():
         known = f"choose from {', '.join(names())}{near(teacher, names())}"
-        raise ValueError(f'unknown teacher "{teacher}": no file; {known}')
+        raise Refusal(f'unknown teacher "{teacher}": no file; {known}')
     return Path(teacher)
 
 
@@ -258,10 +266,10 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     flags = {name: getattr(given, name) for name in ("size", "batch", "recompute", "disc_channels")}
     try:
         if given.out and not given.out.parent.is_dir():
-            raise ValueError(f"--out {given.out}: there is no folder {given.out.parent}")
+            raise Refusal(f"--out {given.out}: there is no folder {given.out.parent}")
         flags = {name: value for name, value in flags.items() if value is not None}
         return configure(given.teacher, **flags), given
-    except ValueError as error:
+    except Refusal as error:
         refuse(error)
 
 

@@ -41,8 +41,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from config import Refusal, is_refusal, refuse
+
 TRAINED = 4 + 4 + 8  # bytes per trained weight in fp32: itself, its gradient, Adam's two moments
 SHARE = 0.5  # of a GPU's memory: if the trained weights need more on every rank, they are sharded
+
+SHARED_STORE: list[dist.Store] = []  # of the process group, if there is one
 
 # --- ranks ---------------------------------------------------------------------------------------
 
@@ -63,6 +67,7 @@ def start() -> torch.device:
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        SHARED_STORE[:] = [store]
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -112,7 +117,7 @@ def on_all_ranks(action: Callable) -> list:
     value, problem = None, ""
     try:
         value = action()
-    except (OSError, ValueError, CheckpointException) as error:
+    except (OSError, Refusal, CheckpointException) as error:
         problem = reason(error)
     every = [(value, problem)] * world()
     if world() > 1:
@@ -130,6 +135,27 @@ def reason(error: BaseException) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
 
+@contextmanager
+def refusals(
+    also: tuple[type[Exception], ...] = (), note: Callable[[], str] = str
+) -> Iterator[None]:
+    """What the user can put right becomes one line and exit code 2; of several ranks one speaks.
+
+    also: other errors that do; note: what is said after one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (is_refusal(error) or isinstance(error, also)):
+            raise
+        refuse(f"{reason(error)}{note()}", spoken=is_first("refused"))
+
+
+def is_first(what: str) -> bool:
+    """Whether no other rank came here before."""
+    return not dist.is_initialized() or SHARED_STORE[0].add(what, 1) == 1
+
+
 # --- networks on several ranks -------------------------------------------------------------------
 
 
@@ -143,12 +169,12 @@ def choose_mesh(kind: str, weights: int, device: torch.device) -> DeviceMesh | N
     """
     if not dist.is_initialized():
         if kind in ("ddp", "fsdp"):
-            raise ValueError(f"--shard {kind} is for several ranks; start them with torchrun")
+            raise Refusal(f"--shard {kind} is for several ranks; start them with torchrun")
         return None
     if kind == "none" and world() == 1:
         return None
     if kind == "none":
-        raise ValueError(f"--shard none is for one process, these are {world()}; choose auto")
+        raise Refusal(f"--shard none is for one process, these are {world()}; choose auto")
     if kind == "auto":
         cuda = device.type == "cuda"
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else float("inf")

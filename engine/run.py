@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Config, differences
+from config import Config, Refusal, differences
 from engine import ranks
 
 
@@ -31,9 +31,9 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from None
+        raise Refusal(f"{out} cannot be made ({error.strerror}); choose another --out") from None
     if not os.access(out, os.W_OK):
-        raise ValueError(f"{out} cannot be written to; choose another --out")
+        raise Refusal(f"{out} cannot be written to; choose another --out")
     if ranks.rank() > 0:
         return out
     saved = out / "config.json"
@@ -44,9 +44,9 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
         try:
             changed = differences(json.loads(saved.read_text()), cfg)
         except (json.JSONDecodeError, AttributeError):
-            raise ValueError(f"{saved} is damaged; start anew with --overwrite") from None
+            raise Refusal(f"{saved} is damaged; start anew with --overwrite") from None
         if changed:
-            raise ValueError(
+            raise Refusal(
                 f"{out} holds a run of another configuration ({'; '.join(changed)}); "
                 "choose another folder with --out, or start anew with --overwrite"
             )
@@ -68,14 +68,14 @@ def keep_samples(cfg: Config, out: Path) -> Config:
     except (json.JSONDecodeError, TypeError, KeyError):
         return cfg  # prepare_folder says so
     if cfg.buckets and each != cfg.batch * cfg.accumulate:
-        raise ValueError(
+        raise Refusal(
             f"{out} has batches of {each} a rank, which --buckets are made of; "
             f"keep --batch x --accumulate and {saved.get('world', world)} ranks, or --overwrite"
         )
     if cfg.batch * cfg.accumulate * world == total:
         return cfg
     if total % (cfg.batch * world):
-        raise ValueError(
+        raise Refusal(
             f"{out} has {total} samples an iteration, which {world} ranks x --batch {cfg.batch} "
             "cannot make; choose --batch so that it divides, or start anew with --overwrite"
         )

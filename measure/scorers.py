@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config import Refusal
 from measure.distances import (
     bootstrap,
     clip_score,
@@ -91,7 +92,7 @@ def load_inception(path: Path | None) -> nn.Module | None:
         from torch_fidelity import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # absent, or made for another torch
         reason = first_line(error)
-        raise ValueError(
+        raise Refusal(
             f"--inception takes a package: pip install torch-fidelity ({reason})"
         ) from None
     try:
@@ -99,7 +100,7 @@ def load_inception(path: Path | None) -> nn.Module | None:
         return FeatureExtractorInceptionV3("inception", ["2048"], str(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
         reason = first_line(error)
-        raise ValueError(f"--inception {path} is no file of its weights ({reason})") from None
+        raise Refusal(f"--inception {path} is no file of its weights ({reason})") from None
 
 
 def check_scorers(
@@ -115,7 +116,7 @@ def check_scorers(
         load_clip_vision(path, dtype, cfg=SCORERS[title].vision)
         load_clip_text(path, *words, dtype, cfg=SCORERS[title].text)
         if SCORERS[title].scaled and "logit_scale" not in places([path], ""):
-            raise ValueError(f"{path} lacks logit_scale, by which {title} multiplies")
+            raise Refusal(f"{path} lacks logit_scale, by which {title} multiplies")
     return {"CLIP": files["clip_vit"][0]} | paths
 
 

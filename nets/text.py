@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from config import Refusal
 from nets.clip import CLIP, CLIP_LENGTH
 from nets.layers import per_head, time_embedding
 
@@ -43,16 +44,16 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is damaged: it is no UTF-8 text; fetch it again") from None
+        raise Refusal(f"{path} is damaged: it is no UTF-8 text; fetch it again") from None
 
 
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged or no JSON; fetch it again ({error})") from None
+        raise Refusal(f"{path} is damaged or no JSON; fetch it again ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object; fetch it again")
+        raise Refusal(f"{path} is no JSON object; fetch it again")
     return content
 
 
@@ -64,10 +65,10 @@ def clip_tokenizer(vocab: Path, merges: Path, pad: int | None = None) -> Tokeniz
     ids, lines = read_json(vocab), read_text(merges).splitlines()
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     if not {START, END} <= ids.keys():
-        raise ValueError(f"{vocab} is no vocabulary of CLIP: {START} or {END} is not in it")
+        raise Refusal(f"{vocab} is no vocabulary of CLIP: {START} or {END} is not in it")
     for pair in pairs:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
-            raise ValueError(f'{merges} does not fit {vocab.name}: "{" ".join(pair)}"')
+            raise Refusal(f'{merges} does not fit {vocab.name}: "{" ".join(pair)}"')
     tokenizer = Tokenizer(models.BPE(ids, pairs, unk_token=END, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -85,7 +86,7 @@ def t5_tokenizer(path: Path, length: int) -> Tokenizer:
     """From tokenizer.json; `length` ids a prompt, </s> the last before the padding."""
     model = read_json(path).get("model")
     if not isinstance(model, dict) or model.get("type") != "Unigram":
-        raise ValueError(f"{path} is no tokenizer of T5: its model is not Unigram")
+        raise Refusal(f"{path} is no tokenizer of T5: its model is not Unigram")
     tokenizer = Tokenizer.from_file(str(path))
     ending = [("</s>", T5_END)]
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=ending)

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from config import Refusal
+
 MAPPED = 2**23  # bytes read through one mapping
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # as flags name them
@@ -40,7 +42,7 @@ def open_weights(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
+        raise Refusal(
             f"{path} is damaged or no safetensors file; fetch it again ({error})"
         ) from None
 
@@ -67,11 +69,11 @@ def safetensors_of(path: Path) -> Path:
         tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
     except UNREADABLE as error:
         reason = first_line(error)
-        raise ValueError(f"{path} is damaged, or no dict of tensors ({reason})") from None
+        raise Refusal(f"{path} is damaged, or no dict of tensors ({reason})") from None
     try:
         write(tensors, copy, {})
     except (SafetensorError, TypeError) as error:
-        raise ValueError(f"{copy} cannot be written ({first_line(error)})") from None
+        raise Refusal(f"{copy} cannot be written ({first_line(error)})") from None
     return copy
 
 
@@ -87,7 +89,7 @@ def shards(path: Path) -> list[Path]:
         listed = json.loads(path.read_text())["weight_map"].items()
         files = {path.parent / file: name for name, file in listed}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged or no index of shards; fetch it again") from None
+        raise Refusal(f"{path} is damaged or no index of shards; fetch it again") from None
     for file, name in files.items():
         if not file.is_file():
             raise FileNotFoundError(
@@ -104,7 +106,7 @@ def places(paths: Sequence[Path], prefix: str) -> dict[str, Path]:
             names = [name for name in sorted(file.keys()) if name.startswith(prefix)]
         for name in names:
             if name in found:
-                raise ValueError(f"{name} is in {found[name]} and in {path}; give one of them")
+                raise Refusal(f"{name} is in {found[name]} and in {path}; give one of them")
             found[name] = path
     return found
 
@@ -114,7 +116,7 @@ def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(set(found) - set(wanted))
     if missing or unexpected:
-        raise ValueError(
+        raise Refusal(
             f"{path} holds another network: "
             f"{len(missing)} names missing ({', '.join(missing[:5])}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:5])}); give the file of this one"
@@ -127,12 +129,12 @@ def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
         for name, tensor in wanted.items():
             stored = file.get_slice(name)
             if stored.get_shape() != list(tensor.shape):
-                raise ValueError(
+                raise Refusal(
                     f"{path}: {name} has shape {stored.get_shape()}, "
                     f"the network wants {list(tensor.shape)}; give the file of this network"
                 )
             if stored.get_dtype() not in FLOATS:
-                raise ValueError(
+                raise Refusal(
                     f"{path}: {name} is stored as {stored.get_dtype()}, a quantised or foreign "
                     f"copy; fetch the original file, which has {', '.join(FLOATS)}"
                 )
@@ -162,7 +164,7 @@ def read_tensors(
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
     low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
     if not (low.isfinite() and high.isfinite()):
-        raise ValueError(
+        raise Refusal(
             f"{path}: {name} holds values that are not finite in {tensor.dtype}; "
             "fetch the file again"
         )

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Config, near, resolve
+from config import Config, Refusal, near, resolve
 from nets.files import SHARED, Files, Part, find_files
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Teacher:
         """
         weights = weights or self.preset.weights
         if not t5 and not self.optional:
-            raise ValueError(f"--no-t5: only SD 3.5 does without T5, {self.name} does not")
+            raise Refusal(f"--no-t5: only SD 3.5 does without T5, {self.name} does not")
         wanted = dict(self.parts())
         if disc:
             wanted = self.shared() | wanted
@@ -303,11 +303,9 @@ class Teacher:
             if side < unit or side % unit:
                 near = (unit * n for n in (side // unit, side // unit + 1) if n > 0)
                 nearest = " or ".join(map(str, near))
-                raise ValueError(
-                    f"{asked}: {side} is no multiple of {unit}; the nearest: {nearest}"
-                )
+                raise Refusal(f"{asked}: {side} is no multiple of {unit}; the nearest: {nearest}")
             if longest and side > longest:
-                raise ValueError(f"{asked}: {self.name} makes at most {longest} pixels a side")
+                raise Refusal(f"{asked}: {self.name} makes at most {longest} pixels a side")
 
     def check_measured(self, size: tuple[int, int]) -> None:
         """ValueError for a size that `features` cannot measure; evaluate.py asks."""
@@ -400,16 +398,21 @@ def find(name: str) -> Teacher:
     return FOUND[name]
 
 
+def is_named(text: str) -> bool:
+    """Whether --teacher is a name or a Python file (evaluate.py takes weights, too)."""
+    return text in FAMILIES or text.endswith(".py")
+
+
 def from_family(name: str) -> Teacher:
     if name not in FAMILIES:
         known = f"choose from {', '.join(names())}, or give a file, mine.py{near(name, FAMILIES)}"
-        raise ValueError(f'unknown teacher "{name}"; {known}')
+        raise Refusal(f'unknown teacher "{name}"; {known}')
     return importlib.import_module(f"teachers.{FAMILIES[name]}").TEACHERS[name]
 
 
 def from_file(path: Path) -> Teacher:
     if not path.is_file():
-        raise ValueError(f"--teacher {path}: there is no such file; docs/own_teacher.md shows one")
+        raise Refusal(f"--teacher {path}: there is no such file; docs/own_teacher.md shows one")
     spec = importlib.util.spec_from_file_location(f"own_teacher_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclasses look for themselves
@@ -420,9 +423,9 @@ def from_file(path: Path) -> Teacher:
         raise RuntimeError(f"{path} cannot be imported") from error
     teacher = getattr(module, "TEACHER", None)
     if not isinstance(teacher, Teacher):
-        raise ValueError(f"--teacher {path} defines no TEACHER; docs/own_teacher.md shows one")
+        raise Refusal(f"--teacher {path} defines no TEACHER; docs/own_teacher.md shows one")
     if teacher.name in FAMILIES:  # a student's file would be taken for the other's
-        raise ValueError(f'--teacher {path}: "{teacher.name}" is taken; give yours another name')
+        raise Refusal(f'--teacher {path}: "{teacher.name}" is taken; give yours another name')
     return teacher
 
 
@@ -435,31 +438,8 @@ def configure(teacher: str = "digits", **flags) -> Config:
     """The preset, what its number of student steps changes, then the flags. ValueError."""
     found = find(teacher)
     if found.only_sampled:
-        raise ValueError(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
+        raise Refusal(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
     return resolve(replace(found.preset, teacher=teacher), found.fewer, found.name, **flags)
-
-
-# --- prompts -------------------------------------------------------------------------------------
-
-
-def uncropped(size: tuple[int, int]) -> tuple[int, ...]:
-    """`sizes` of a whole image of this height and width, as `load_text` takes them."""
-    return (*size, 0, 0, *size)
-
-
-def encode_all(
-    text: nn.Module, captions: list[str], batch: int, device: torch.device, size: tuple[int, int]
-) -> dict[str, Cond]:
-    """The cond of every caption (no batch dimension), on the CPU, so that the encoders can go."""
-    from tqdm import tqdm
-
-    captions, conds = list(dict.fromkeys(captions)), {}
-    for start in tqdm(range(0, len(captions), batch), desc="prompts", leave=False):
-        part = captions[start : start + batch]
-        cond = text(part, device, uncropped(size))
-        for k, caption in enumerate(part):
-            conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
-    return conds
 
 
 # --- students ------------------------------------------------------------------------------------
@@ -471,7 +451,7 @@ def read_student(path: Path) -> dict[str, str]:
 
     about = read_metadata(path)
     if "teacher" not in about:
-        raise ValueError(f"{path} is not a student saved by train.py: it does not name its teacher")
+        raise Refusal(f"{path} is not a student saved by train.py: it does not name its teacher")
     return about
 
 
@@ -479,12 +459,12 @@ def teacher_of(path: Path, given: str | None = None) -> Teacher:
     """The teacher of a student's file. given: --teacher, needed where it is one of one's own."""
     name = read_student(path)["teacher"]
     if given is None and name not in FAMILIES:
-        raise ValueError(
+        raise Refusal(
             f'{path} is a student of "{name}", a teacher of your own; give its file: --teacher FILE'
         )
     found = find(given or name)
     if found.name != name:
-        raise ValueError(f"--teacher {given}: {path} is a student of {name}")
+        raise Refusal(f"--teacher {given}: {path} is a student of {name}")
     return found
 
 

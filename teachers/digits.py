@@ -4,7 +4,7 @@ An MM-DiT of 1.6 M weights whose latents are the pixels; digits/ has the task, a
 were made. Its files come with the code.
 """
 
-from config import Config
+from config import Config, Refusal
 from digits import ASSETS
 from nets.files import Files
 from teachers import Networks, Teacher
@@ -101,7 +101,7 @@ class Digits(Teacher):
 
     def check_measured(self, size: tuple[int, int]) -> None:
         if size != self.preset.size:
-            raise ValueError(f"--size {size[0]} {size[1]}: the embedded judge reads 16 x 16 alone")
+            raise Refusal(f"--size {size[0]} {size[1]}: the embedded judge reads 16 x 16 alone")
 
     def data(self, seed: int):
         from digits.scenes import DigitScenes
