@@ -219,7 +219,7 @@ def planned(flags):
     argv = sys.argv
     try:
         sys.argv = ["evaluate.py", *map(str, flags)]
-        return evaluate.resolve_task(evaluate.arguments())[0]
+        return evaluate.resolve_task(evaluate.evaluate_arguments(None))[0]
     finally:
         sys.argv = argv
 

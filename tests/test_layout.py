@@ -19,7 +19,7 @@ AROUND = GROUND | {"dataset", "measure", "digits", "engine.ranks", "engine.pictu
 ALLOWED = {
     "config": set(),
     "schedule": set(),
-    "nets": {"nets"},
+    "nets": {"nets", "config"},  # of config what refuses
     "ida": set(),
     "dmd": {"schedule"},
     "isg": {"schedule"},
@@ -30,8 +30,8 @@ ALLOWED = {
     "engine.pictures": {"measure"},
     "dataset": GROUND | {"dataset", "engine.ranks"},
     "measure": GROUND | {"measure"},
-    "digits.words": set(),
-    "digits.scenes": {"digits", "digits.words", "schedule"},
+    "digits.words": {"config"},
+    "digits.scenes": {"config", "digits", "digits.words", "schedule"},
     "digits.judge": {"digits", "nets"},
     "digits.exam": AROUND,
     "teachers": AROUND | {"model", "teachers"},
