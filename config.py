@@ -1,84 +1,212 @@
-"""Choices: one flat dataclass, and the flags made from it.
+"""Choices: one flat dataclass, whose fields say what they are and what they may be.
 
-    Config    every choice of a run
-    resolve   a teacher's preset, what its number of student steps changes, then the flags
-    parse     a flag for each field
-    check     refuses what cannot be
+    Config          every choice of a run
+    Range, Choice   what a value may be
+    resolve         a teacher's preset, what its number of student steps changes, then the flags
+    check           refuses what cannot be
+    Parser          of a command's flags: one line for an error, with the nearest thing there is
 
-Presets are in teachers/, each with its teacher. Imports nothing of ours.
+Presets are in teachers/, each with its teacher; the flags of each command in engine/flags.py.
+Imports nothing of ours.
 """
 
 import argparse
+import ast
 import dataclasses
+import itertools
+import math
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
+
+if sys.version_info < (3, 11):  # noqa: UP036  every command comes here first; old Pythons read it
+    print(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- what a value may be -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """A finite number, or several, each within bounds; without bounds, any."""
+
+    low: float | None = None  # and more
+    high: float | None = None  # and less
+    above: float | None = None  # more than
+    below: float | None = None  # less than
+
+    def words(self) -> str:
+        if None not in (self.low, self.high):
+            return f"from {self.low:g} to {self.high:g}"
+        bounds = {"at least": self.low, "above": self.above, "below": self.below}
+        bounds["at most"] = self.high
+        return ", ".join(f"{word} {x:g}" for word, x in bounds.items() if x is not None)
+
+    def check(self, name: str, value) -> None:
+        """ValueError with the flag's name, the value and what it may be."""
+        several = isinstance(value, (tuple, list))
+        for x in value if several else (value,):
+            finite = abs(x) < math.inf  # nan is not
+            within = (
+                (self.low is None or x >= self.low)
+                and (self.high is None or x <= self.high)
+                and (self.above is None or x > self.above)
+                and (self.below is None or x < self.below)
+            )
+            if not (finite and within):
+                allowed = ["" if finite else "a finite number", self.words()]
+                must = f"{'each' if several else 'it'} must be {', '.join(filter(None, allowed))}"
+                raise ValueError(f"{name} is {shown(value)}; {must}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of these words, or several."""
+
+    words: tuple[str, ...]
+
+    def check(self, name: str, value) -> None:
+        """ValueError with the flag's name, the value and what it may be."""
+        several = isinstance(value, (tuple, list))
+        for word in value if several else (value,):
+            if word not in self.words:
+                known = f"choose from {', '.join(self.words)}{near(word, self.words)}"
+                raise ValueError(f'{name} {"has" if several else "is"} "{word}"; {known}')
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean flux-dev?", or nothing."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def shown(value) -> str:
+    """As one writes it after a flag."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value)) or "none"
+    return str(value) or "none"
+
+
+def setting(default, help: str, may: Range | Choice | None = None, group: str = ""):
+    """A field of Config. group: the title that --help gives to this field and those after it."""
+    about = {"help": help, "may": may, "group": group}
+    return dataclasses.field(default=default, metadata=about)
+
+
+# --- every choice --------------------------------------------------------------------------------
+
+
+def keys_of(file: str, table: str) -> tuple[str, ...]:
+    """The keys of a dict at the top of a file, which is read and not run: it would import torch."""
+    for node in ast.parse((Path(__file__).parent / file).read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == table:
+            return tuple(key.value for key in node.value.keys)
+    raise AssertionError(f"{file} has no {table}")
+
+
+COUNT, AMOUNT, SHARE = Range(low=1), Range(low=0), Range(low=0, high=1)
+POSITIVE, ANY = Range(above=0), Range()
+TIMES = Choice(("uniform", "logit-normal"))
 
 
 @dataclass(frozen=True)
 class Config:
-    # fmt: off
-    teacher: str = "digits"                 # whose network is distilled; sets all defaults
-    size: tuple[int, int] = (1024, 1024)    # height and width of the images, pixels
-    data: str = "data"                      # images with captions, or prompts (digits: its own)
-    crop: str = "centre"                    # of an image of another shape: centre | random
-    buckets: bool = False                   # batches of several aspect ratios, of size's area
-    cache: str = ""                         # folder for text embeddings and latents, computed once
-    weights: str = ""                       # folder of the official files; "": the hub
-    t5: bool = True                         # SD 3.5: read captions with T5 too, not with CLIP alone
-    bf16: bool = True                       # compute in bf16; trained weights and losses stay fp32
-    # the student
-    student_steps: int = 4                  # K anchors, evenly spaced before the shift
-    taus: tuple[float, ...] = ()            # the anchors, descending, if not evenly spaced
-    shift: float = 1.0                      # resolution shift of the flow's times, in training
-    p_backward: float = 0.5                 # share of inputs from backward simulation
-    ttur: int = 5                           # fake and discriminator updates per student update
-    ema: float = 0.0                        # decay of the exported average of weights; 0: none
-    guidance: float = 3.5                   # the teacher's, where its images are shown
-    # distribution matching
-    w_dmd: float = 1.0                      # weight of the DMD loss
-    guidance_dmd: tuple[float, float] = (1.0, 8.0)  # range of the teacher's guidance scale
-    t_dmd: str = "uniform"                  # times of the DMD loss: uniform | logit-normal
-    t_fake: str = "logit-normal"            # times of the fake loss: likewise
-    # implicit distribution alignment
-    ida_decay: float = 0.97                 # lambda; 1 turns IDA off
-    # intra-segment guidance
-    w_isg: float = 1.0                      # weight of the ISG loss; 0 turns ISG off
-    isg_distance: str = "l2"                # l2 (paper) | charbonnier (official code)
-    isg_margin: float = 0.02                # how far tau_mid keeps off the segment's ends
-    guidance_isg: tuple[float, float] = (1.0, 8.0)  # range of the teacher's guidance scale
-    # discriminator
-    w_gan: float = 1.0                      # weight of the adversarial loss; 0: no discriminator
-    disc_channels: int = 0                  # channels of its heads; 0: as wide as the backbone
-    disc_augment: tuple[str, ...] = ()      # DiffAugment: any of colour translation cutout
-    disc_text: bool = True                  # condition it on the caption
-    disc_reference: bool = True             # condition it on a real image of the same caption
-    # optimisation
-    steps: int = 750                        # iterations
-    batch: int = 32                         # samples per rank, at a time
-    accumulate: int = 1                     # such batches per rank and iteration
-    lr: float = 1e-5                        # AdamW learning rate of the student
-    lr_fake: float = 1e-5                   # of the fake score
-    lr_disc: float = 1e-5                   # of the discriminator
-    lr_warmup: int = 0                      # iterations of linear warm-up
-    lr_start: float = 0.5                   # share of the learning rate at which warm-up begins
-    lr_final: float = 1.0                   # share of it at the end of a cosine; 1: constant
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    eps: float = 1e-8                       # of AdamW
-    clip: float = 1.0                       # gradient norm
-    recompute: bool = True                  # recompute the blocks' activations: less memory
-    shard: str = "auto"                     # over ranks: auto | ddp (copies) | fsdp (shards) | none
-    seed: int = 0                           # of every random number
-    # housekeeping: these may change when a run is resumed
-    out: str = ""                           # output folder; default runs/TEACHER
-    export: str = "student"                 # the student alone, or full: the official file too
-    save_every: int = 250                   # iterations between checkpoints
-    workers: int = 4                        # threads that read data ahead; 0: none
-    keep: int = 2                           # checkpoints kept
-    exam_every: int = 125                   # iterations between exams or sheets of samples; 0: none
-    table: bool = True                      # the teacher too in the table at the end
-    # fmt: on
+    teacher: str = setting(
+        "digits", "whose network is distilled; sets all defaults", group="teacher"
+    )
+    size: tuple[int, int] = setting(
+        (1024, 1024), "height and width of the images, in pixels: their resolution", COUNT
+    )
+    weights: str = setting("", "folder of the official files; none: the hub")
+    t5: bool = setting(True, "SD 3.5: read captions with T5 too, not with CLIP alone")
+    bf16: bool = setting(True, "compute in bf16; trained weights and losses stay fp32")
+    guidance: float = setting(3.5, "the teacher's scale where its images are shown", AMOUNT)
+
+    student_steps: int = setting(
+        4, "K anchors, evenly spaced before the shift", COUNT, group="student"
+    )
+    taus: tuple[float, ...] = setting(
+        (), "the anchors, descending, if not evenly spaced", Range(above=0, high=1)
+    )
+    shift: float = setting(1.0, "resolution shift of the flow's times, in training", POSITIVE)
+    p_backward: float = setting(0.5, "share of inputs from backward simulation", SHARE)
+    ttur: int = setting(5, "fake and discriminator updates per student update", COUNT)
+    ema: float = setting(0.0, "decay of the exported average of weights; 0: none", SHARE)
+
+    w_dmd: float = setting(1.0, "weight of the DMD loss", AMOUNT, group="distribution matching")
+    guidance_dmd: tuple[float, float] = setting(
+        (1.0, 8.0), "range of the teacher's guidance scale", AMOUNT
+    )
+    t_dmd: str = setting("uniform", "times of the DMD loss", TIMES)
+    t_fake: str = setting("logit-normal", "times of the fake loss", TIMES)
+
+    ida_decay: float = setting(
+        0.97, "lambda; 1 turns IDA off", SHARE, group="implicit distribution alignment (IDA)"
+    )
+
+    w_isg: float = setting(
+        1.0, "weight of the ISG loss; 0 turns ISG off", AMOUNT, group="intra-segment guidance (ISG)"
+    )
+    isg_distance: str = setting(
+        "l2", "l2: paper; charbonnier: official code", Choice(keys_of("isg.py", "DISTANCES"))
+    )
+    isg_margin: float = setting(0.02, "how far tau_mid keeps off the segment's ends", SHARE)
+    guidance_isg: tuple[float, float] = setting(
+        (1.0, 8.0), "range of the teacher's guidance scale", AMOUNT
+    )
+
+    w_gan: float = setting(
+        1.0, "weight of the adversarial loss; 0: no discriminator", AMOUNT, group="discriminator"
+    )
+    disc_channels: int = setting(0, "channels of its heads; 0: as wide as the backbone", AMOUNT)
+    disc_augment: tuple[str, ...] = setting(
+        (), "DiffAugment: any of these", Choice(keys_of("discriminator.py", "AUGMENTATIONS"))
+    )
+    disc_text: bool = setting(True, "condition it on the caption")
+    disc_reference: bool = setting(True, "condition it on a real image of the same caption")
+
+    steps: int = setting(750, "iterations", COUNT, group="optimisation")
+    batch: int = setting(32, "samples per rank, at a time", COUNT)
+    accumulate: int = setting(1, "such batches per rank and iteration", COUNT)
+    optimizer: str = setting("adamw", "adamw, muon, or package.module.Name of any other")
+    lr: float = setting(1e-5, "learning rate of the student", AMOUNT)
+    lr_fake: float = setting(1e-5, "learning rate of the fake score", AMOUNT)
+    lr_disc: float = setting(1e-5, "learning rate of the discriminator", AMOUNT)
+    lr_warmup: int = setting(0, "iterations of linear warm-up", AMOUNT)
+    lr_start: float = setting(0.5, "share of the learning rate at which warm-up begins", SHARE)
+    lr_final: float = setting(1.0, "share of it at the end of a cosine; 1: constant", SHARE)
+    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", Range(low=0, below=1))
+    eps: float = setting(1e-8, "of AdamW", POSITIVE)
+    clip: float = setting(1.0, "the gradient norm to which longer ones are shortened", POSITIVE)
+    recompute: bool = setting(True, "recompute the blocks' activations: less memory")
+    shard: str = setting(
+        "auto", "over ranks: copies (ddp), shards (fsdp)", Choice(("auto", "none", "ddp", "fsdp"))
+    )
+    seed: int = setting(0, "of every random number", ANY)
+
+    data: str = setting("data", "images with captions, or prompts (digits: its own)", group="data")
+    crop: str = setting("centre", "of an image of another shape", Choice(("centre", "random")))
+    buckets: bool = setting(False, "batches of several aspect ratios, of size's area")
+    cache: str = setting("", "folder for text embeddings and latents, computed once")
+    workers: int = setting(4, "threads that read data ahead; 0: none", AMOUNT)
+
+    out: str = setting("", "output folder", group="run")
+    export: str = setting(
+        "student", "the student alone, or full: the official file too", Choice(("student", "full"))
+    )
+    save_every: int = setting(250, "iterations between checkpoints", COUNT)
+    keep: int = setting(2, "checkpoints kept", COUNT)
+    exam_every: int = setting(125, "iterations between exams and sheets; 0: none", AMOUNT)
+    show: tuple[str, ...] = setting((), "prompts of the sheets; none: the data's first captions")
+    table: bool = setting(True, "the teacher too in the table at the end")
 
 
 HOUSEKEEPING = (
@@ -90,13 +218,53 @@ HOUSEKEEPING = (
     "save_every",
     "keep",
     "exam_every",
+    "show",
     "table",
 )
 SHARED_OUT = ("batch", "accumulate", "shard")  # ranks may change, the samples of an iteration not
 
 
+class Value(argparse.Action):
+    """A flag's value, or values. may: what they may be, checked where the flag is read."""
+
+    def __init__(self, *, may: Range | Choice | None = None, **options):
+        super().__init__(**options)
+        self.may = may
+        if isinstance(may, Choice) and self.metavar is None:
+            self.metavar = "{" + ",".join(may.words) + "}"
+
+    def __call__(self, parser, given, value, name=None):
+        try:
+            if self.may:
+                self.may.check(name or self.dest, value)
+        except ValueError as error:
+            parser.error(str(error))
+        setattr(given, self.dest, tuple(value) if isinstance(value, list) else value)
+
+
 class Parser(argparse.ArgumentParser):
-    """Errors on one line, exit code 2."""
+    """Errors on one line, exit code 2. `add_argument` takes `may` too, what a value may be."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("action", None, Value)  # what a flag is that names no other action
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            wrong = next((word for word in unknown if word.startswith("--")), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self.nearest(wrong)}")
+        return given
+
+    def nearest(self, wrong: str) -> str:
+        """What may be meant, by its help's words or by its name: --learning-rate is --lr."""
+        flags = self._option_string_actions  # by name; argparse has no other list of them
+        name = wrong.split("=")[0]
+        words = set(name.strip("-").split("-"))
+        for known, action in flags.items():
+            if words <= set(re.findall(r"\w+", action.help or "")):
+                return f"; did you mean {known}?"
+        return near(name, flags)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
@@ -106,43 +274,6 @@ def refuse(error: Exception | str) -> NoReturn:
     """Stop on what the user can put right: one line, exit code 2."""
     print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
     sys.exit(2)
-
-
-def parse(
-    parser: argparse.ArgumentParser,
-    configure: Callable[..., Config],
-    arguments: Sequence[str] | None = None,
-) -> tuple[Config, argparse.Namespace]:
-    """Adds a flag per field of Config; returns the resolved configuration, and all arguments.
-
-    configure: the flags that are given -> the configuration; `teachers.configure`.
-    """
-    comments = field_comments()
-    for field in dataclasses.fields(Config):
-        name, kind = flag(field.name), field.type
-        options = {"default": None, "help": comments[field.name]}
-        if field.name == "teacher":
-            options["default"] = "digits"
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
-        elif kind in (int, float, str):
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **options)
-        else:  # a tuple
-            item = kind.__args__[0]
-            count = "*" if kind.__args__[-1] is Ellipsis else len(kind.__args__)
-            parser.add_argument(
-                name, type=item, nargs=count, metavar=item.__name__.upper(), **options
-            )
-    given = parser.parse_args(arguments)
-    flags = {
-        f.name: getattr(given, f.name)
-        for f in dataclasses.fields(Config)
-        if getattr(given, f.name) is not None
-    }
-    flags = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
-    }
-    return configure(**flags), given
 
 
 def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Config:
@@ -161,57 +292,25 @@ def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Confi
 
 def check(cfg: Config) -> None:
     """Raises ValueError that names the flag, its value and what it may be."""
-    choices = {
-        "crop": ("centre", "random"),
-        "export": ("student", "full"),
-        "isg_distance": ("l2", "charbonnier"),
-        "t_dmd": ("uniform", "logit-normal"),
-        "t_fake": ("uniform", "logit-normal"),
-        "shard": ("auto", "none", "ddp", "fsdp"),
-    }
-    for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
-            raise ValueError(
-                f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
-            )
-    for name in cfg.disc_augment:
-        if name not in ("colour", "translation", "cutout"):
-            raise ValueError(
-                f'--disc-augment has "{name}"; choose from colour, translation, cutout'
-            )
-    for name in ("student_steps", "ttur", "steps", "batch", "accumulate", "save_every", "keep"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must be at least 1")
-    for name in (
-        "w_dmd",
-        "w_isg",
-        "w_gan",
-        "lr",
-        "lr_fake",
-        "lr_disc",
-        "lr_warmup",
-        "exam_every",
-        "workers",
-        "disc_channels",
-        "isg_margin",
-    ):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must not be negative")
-    for name in ("p_backward", "ida_decay", "ema", "lr_start", "lr_final"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"{flag(name)} is {getattr(cfg, name)}; it must be from 0 to 1")
+    for field in dataclasses.fields(cfg):
+        if field.metadata["may"]:
+            field.metadata["may"].check(flag(field.name), getattr(cfg, field.name))
     for name in ("guidance_dmd", "guidance_isg"):
         low, high = getattr(cfg, name)
         if low > high:
             raise ValueError(f"{flag(name)} is {low} {high}; the smaller number comes first")
-    falling = all(a > b for a, b in zip(cfg.taus, cfg.taus[1:], strict=False))
-    if cfg.taus and not (falling and cfg.taus[0] <= 1 and cfg.taus[-1] > 0):
-        raise ValueError(
-            f"--taus {' '.join(map(str, cfg.taus))}: anchors fall from at most 1 and stay above 0"
-        )
+    if any(a <= b for a, b in itertools.pairwise(cfg.taus)):
+        raise ValueError(f"--taus is {shown(cfg.taus)}; anchors fall, each below the one before")
     if cfg.taus and len(cfg.taus) != cfg.student_steps:
         raise ValueError(
             f"--taus has {len(cfg.taus)} anchors, --student-steps is {cfg.student_steps}; give both"
+        )
+
+
+def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
+    if getattr(cfg, name) not in allowed:
+        raise ValueError(
+            f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}'
         )
 
 
@@ -231,11 +330,3 @@ def differences(old: dict, new: Config) -> list[str]:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def field_comments() -> dict[str, str]:
-    """The trailing comment of every field of Config, for --help."""
-    with open(__file__, encoding="utf-8") as file:
-        body = file.read().split("# fmt: off")[1].split("# fmt: on")[0]
-    fields = [line.strip().split("  # ", 1) for line in body.splitlines() if " = " in line]
-    return {code.split(":")[0]: comment.replace("%", "%%") for code, comment in fields}

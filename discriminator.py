@@ -11,6 +11,8 @@ or configuration.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -145,16 +147,15 @@ def fp32(net: nn.Module) -> torch.autocast:
 class Discriminator(nn.Module):
     """A frozen backbone and a trainable head for each of its feature maps.
 
-    backbone: any module with `maps(image in [0, 1]) -> list of (B, width, h, w)`, `count` of them.
-    Its dtype is its own affair: pixels come in fp32, and the heads cast the maps to fp32.
+    backbone: any module with `maps(image in [0, 1]) -> list of (B, width, h, w)`, `count` of them,
+    and these two numbers. Its dtype is its own affair: pixels come in fp32, and the heads cast the
+    maps to fp32.
     """
 
-    def __init__(
-        self, backbone: nn.Module, width: int, count: int, text_width: int, lighter: int = 0
-    ):
+    def __init__(self, backbone: nn.Module, text_width: int, lighter: int = 0):
         super().__init__()
-        self.backbone = backbone.requires_grad_(False).eval()
-        self.heads = nn.ModuleList(Head(width, text_width, lighter) for _ in range(count))
+        self.backbone, width = backbone.requires_grad_(False).eval(), backbone.width
+        self.heads = nn.ModuleList(Head(width, text_width, lighter) for _ in range(backbone.count))
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image (B, 3, H, W) in [-1, 1] -> the backbone's maps."""
@@ -179,6 +180,13 @@ class Discriminator(nn.Module):
         with fp32(self.heads):
             return torch.cat([head(x.float(), c) for head, x, c in maps], dim=1)
 
+    def logits(self, reference: list[Tensor], text: Tensor) -> Callable[[list[Tensor]], Tensor]:
+        """For one reference and text: feature maps of an image -> its logits (B, places).
+
+        A loss of any form is made of them; what it leaves in the heads' gradients is not applied.
+        """
+        return partial(self, condition=self.condition(reference, text))
+
 
 # --- losses --------------------------------------------------------------------------------------
 
@@ -200,9 +208,9 @@ def gan_loss(
     next step).
     """
     with torch.no_grad():
-        condition = disc.condition(reference, text)
+        logits = disc.logits(reference, text)
     leaves = [x.detach().requires_grad_() for x in made]
-    loss = -(weight[:, None] * disc(leaves, condition)).mean()
+    loss = -(weight[:, None] * logits(leaves)).mean()
     grads = torch.autograd.grad(loss, leaves)
     # The loss as a number, plus a surrogate of value zero: its gradient in `made` is `grads`, and a
     # backward pass never meets the heads, whose own gradients would be exchanged between shards.
@@ -223,9 +231,8 @@ def disc_loss(
     Features carry no gradient here: the heads learn, nothing else.
     """
     real, made, reference = ([x.detach() for x in maps] for maps in (real, made, reference))
-    condition = disc.condition(reference, text)
-    loss_real = F.relu(1 - disc(real, condition))
-    loss_made = F.relu(1 + disc(made, condition))
+    logits = disc.logits(reference, text)
+    loss_real, loss_made = F.relu(1 - logits(real)), F.relu(1 + logits(made))
     return (weight[:, None] * (loss_real + loss_made)).mean()
 
 

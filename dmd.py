@@ -9,13 +9,13 @@ Knows nothing of devices, files, ranks or configuration. Latents are (B, C, H, W
 schedule.py for `net`, `cond` and `rng`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schedule import Cond, Rng, draw_t, guided, normal, per_sample, uniform
+from schedule import Cond, Rng, anchor_at, draw_t, guided, normal, per_sample, uniform
 
 
 @torch.no_grad()
@@ -23,20 +23,20 @@ def student_input(
     student: Callable,
     x0_real: Tensor,
     cond: Cond,
-    taus: tuple[float, ...],
+    taus: Sequence[float] | Tensor,
     rng: Rng,
     p_backward: float = 0.5,
 ) -> tuple[Tensor, int]:
-    """x_t (B, C, H, W) at the anchor taus[i], and i.
+    """x_t (B, C, H, W) at the anchor taus[i], and i. taus: K, or (K, B) of samples; see anchor_at.
 
     Backward simulation (with p_backward): from noise, the student's own estimate at every anchor
     before i, each noised again to the next, as in sampling. Otherwise real latents, noised. All
     ranks take the same branch and anchor.
     """
-    schedule, batch = student.schedule, len(x0_real)
+    schedule = student.schedule
     i = int(torch.randint(len(taus), (), generator=rng.shared))
     backward = torch.rand((), generator=rng.shared) < p_backward
-    t = [x0_real.new_full((batch,), tau) for tau in taus[: i + 1]]
+    t = [anchor_at(taus, k, x0_real) for k in range(i + 1)]
     if not backward:
         return schedule.noise(x0_real, normal(x0_real, rng.own), t[i]), i
     x_t = normal(x0_real, rng.own)
@@ -62,20 +62,20 @@ def dmd_loss(
     fake: Callable,
     cond: Cond,
     uncond: Cond | None,
-    guidance: tuple[float, float],
+    guidance: tuple[float, float] | None,
     times: str,
     rng: Rng,
 ) -> Tensor:
     """0.5 mean |x0 - sg(x0 - gradient)|^2 on the student's estimate x0, a scalar in fp32.
 
-    The teacher is guided, with a scale drawn per sample from the range `guidance`; the fake score
-    is not. times: see draw_t.
+    The teacher is guided, with a scale drawn per sample from the range `guidance` (None: it is
+    not); the fake score never is. times: see draw_t.
     """
     schedule = teacher.schedule
     with torch.no_grad():
         t = draw_t(times, schedule, x0, rng)
         x_t = schedule.noise(x0, normal(x0, rng.own), t)
-        g = uniform(x0, rng.own, *guidance)
+        g = uniform(x0, rng.own, *guidance) if guidance else None
         x0_teacher = schedule.x0(x_t, guided(teacher, x_t, t, cond, uncond, g), t)
         x0_fake = schedule.x0(x_t, fake(x_t, t, cond), t)
         target = x0.float() - dmd_gradient(x0, x0_fake, x0_teacher)

@@ -21,6 +21,11 @@ own prompts add the exam: are named attributes right, how varied are the open on
 metrics.json and samples.png too.
 """
 
+from engine.flags import denoiser_file, evaluate_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    evaluate_arguments(__doc__)
+
 import argparse
 import json
 import textwrap
@@ -34,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import Parser, refuse
+from config import refuse
 from dataset.images import BAD, Images, read_text
 from dataset.sources import open_data
 from digits.exam import Exam, aligned, format_table
@@ -61,78 +66,16 @@ from measure.scorers import (
     measure,
 )
 from nets.weights import DTYPES
-from teachers import FAMILIES, Teacher, names, read_student, student_taus, teacher_of
+from teachers import Teacher, read_student, student_taus, teacher_of
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
 
-# --- what is asked for ---------------------------------------------------------------------------
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4)."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = (0,)
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f'"{text}" is no list of step numbers such as 1,2,4,8')
-    return tuple(dict.fromkeys(values))
-
-
-def arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    student = "a student saved by train.py"
-    parser.add_argument("--student", type=Path, required=True, help=student)
-    teacher = f"{', '.join(names())}, a file of its denoiser, or mine.py; default: the student's"
-    parser.add_argument("--teacher", help=teacher)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
-    data = "the captions of these images, or prompts; as for train.py"
-    what.add_argument("--data", help=f"{data} (default: data; the embedded task: its exam)")
-    steps = "the student's numbers of steps; default: 1,2,4,8"
-    parser.add_argument("--steps", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help=steps)
-    steps = "of the teacher's images that others are held against; default: 50"
-    parser.add_argument("--teacher-steps", type=int, default=50, help=steps)
-    sampler = "the student's; default: its own"
-    parser.add_argument("--sampler", choices=("x0", "euler"), help=sampler)
-    parser.add_argument("--guidance", type=float, help="the teacher's; default: its own")
-    count = "images each teacher and student draws; default: 5000, the embedded task's exam 2816"
-    # torchrun takes --n for one of its own.
-    parser.add_argument("--n", "--images", type=int, metavar="N", help=count)
-    each = "images of each prompt; default: 1, or what it takes for --n; the exam 8"
-    parser.add_argument("--per-prompt", type=int, help=each)
-    parser.add_argument("--seed", type=int, default=1, help="of the images' noise; default: 1")
-    size = "of the images, pixels; default: the student's"
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
-    parser.add_argument("--batch", type=int, help="images at a time; default: 256 digits, else 1")
-    parser.add_argument("--weights", default="", help="folder of the official files")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, the embedded task fp32")
-    parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
-    for title, repo, file in (
-        ("CLIP-g", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.safetensors"),
-        ("CLIP-H", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
-        ("PickScore", "yuvalkirstain/PickScore_v1", "model.safetensors"),
-        ("HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
-    ):
-        weights = f"its weights, adds {title}; {file} of {repo}"
-        parser.add_argument(f"--{title.lower()}", type=Path, metavar="FILE", help=weights)
-    resamples = "of the bootstrap; default: 50"
-    parser.add_argument("--resamples", type=int, default=50, help=resamples)
-    out = "folder of images and results; default: evaluation/ beside the student"
-    parser.add_argument("--out", type=Path, help=out)
-    return parser.parse_args()
+# --- the task ------------------------------------------------------------------------------------
 
 
 def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     """All that is drawn, from what was asked; every file is found. ValueError or OSError."""
-    for name in ("n", "per_prompt", "teacher_steps", "batch"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(given, name)}; it must be at least 1")
-    if given.resamples < 2:
-        raise ValueError(f"--resamples is {given.resamples}; it must be at least 2")
     about, own_denoiser = read_student(given.student), denoiser_file(given.teacher)
     family = teacher_of(given.student, None if own_denoiser else given.teacher)
     preset = family.preset
@@ -164,16 +107,6 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         out=given.out or given.student.parent / "evaluation",
     )
     return task, exam
-
-
-def denoiser_file(teacher: str | None) -> Path | None:
-    """--teacher as a file of weights, and not a name or a Python file. ValueError."""
-    if teacher is None or teacher in FAMILIES or teacher.endswith(".py"):
-        return None
-    if not Path(teacher).is_file():
-        known = ", ".join(names())
-        raise ValueError(f'unknown teacher "{teacher}": no file; choose from {known}')
-    return Path(teacher)
 
 
 def prepare(
@@ -347,7 +280,7 @@ def picture(task: Task, path: Path) -> None:
 
 
 def main() -> None:
-    given = arguments()
+    given = evaluate_arguments(__doc__)
     try:
         device = ranks.start()
         inception = load_inception(given.inception)

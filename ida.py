@@ -20,7 +20,7 @@ def ida_update(fake: nn.Module, student: nn.Module, decay: float) -> None:
 
     decay: lambda, in [0, 1]; 1 changes nothing, 0 copies. In fp32: in bf16, steps of 1 - decay
     round away. The same formula, with a copy in place of the fake score, is the usual moving
-    average of weights; train.py and pretrain.py use it for that too.
+    average of weights; train.py and digits/pretrain.py use it for that too.
     """
     phi, theta = dict(fake.named_parameters()), dict(student.named_parameters())
     assert phi.keys() == theta.keys(), (

@@ -38,6 +38,8 @@ def distance_charbonnier(x: Tensor, x_tar: Tensor) -> Tensor:
     return ((x.float() - x_tar.float()).square() + 1e-6).sqrt().sub(1e-3).mean()
 
 
+# By name: of the student's x and the target x_tar, both (B, C, H, W), a scalar. A new distance is
+# a line here; --isg-distance takes it, and its help lists it.
 DISTANCES = {"l2": distance_l2, "charbonnier": distance_charbonnier}
 
 
@@ -50,7 +52,7 @@ def isg_loss(
     tau_end: Tensor,
     cond: Cond,
     uncond: Cond | None,
-    guidance: tuple[float, float],
+    guidance: tuple[float, float] | None,
     margin: float,
     distance: str,
     rng: Rng,
@@ -58,12 +60,12 @@ def isg_loss(
     """Eq. 12: the student's one step over the segment against the target; a scalar in fp32.
 
     prediction: the student's at (x_t, tau_start), already made for DMD, carrying the gradient;
-    guidance: range of the teacher's scale, drawn per sample; distance: "l2" | "charbonnier".
+    guidance: range of the teacher's scale, drawn per sample, or None; distance: of DISTANCES.
     """
     step = student.schedule.step
     with torch.no_grad():
         tau_mid = draw_mid(tau_start, tau_end, margin, rng)
-        g = uniform(x_t, rng.own, *guidance)
+        g = uniform(x_t, rng.own, *guidance) if guidance else None
         x_mid = step(x_t, guided(teacher, x_t, tau_start, cond, uncond, g), tau_start, tau_mid)
         x_tar = step(x_mid, student(x_mid, tau_mid, cond), tau_mid, tau_end)
     x = step(x_t, prediction, tau_start, tau_end)

@@ -12,7 +12,7 @@ from outside.
 B batch, C H W latent, P patch, L image tokens, T text tokens, D width, N heads.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -194,19 +194,6 @@ class MMDiTConfig:
     dual_blocks: int = 0  # the first blocks with a second attention
 
 
-SD35_LARGE = MMDiTConfig(
-    patch=2,
-    channels=16,
-    width=2432,
-    depth=38,
-    heads=38,
-    context_width=4096,
-    pooled_width=2048,
-    table=192,
-)
-SD35_MEDIUM = replace(SD35_LARGE, width=1536, depth=24, heads=24, table=384, dual_blocks=13)
-
-
 class MMDiT(nn.Module):
     """The multimodal diffusion transformer of SD 3.5.
 
@@ -257,12 +244,9 @@ class MMDiT(nn.Module):
 
     def unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
         patch = self.cfg.patch
-        x = x.unflatten(-1, (patch, patch, -1)).unflatten(
-            1, (rows, columns)
-        )  # (B, rows, columns, P, P, C)
-        return (
-            x.movedim(-1, 1).transpose(3, 4).flatten(4).flatten(2, 3)
-        )  # -> (B, C, rows P, columns P)
+        x = x.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, columns))
+        x = x.movedim(-1, 1).transpose(3, 4)  # (B, rows, columns, P, P, C) -> (B, C, rows, P, ...)
+        return x.flatten(4).flatten(2, 3)  # -> (B, C, rows P, columns P)
 
 
 # --- FLUX.1 --------------------------------------------------------------------------------------

@@ -13,6 +13,11 @@ The official files are looked for in --weights, else in the hub's cache, else do
 encoders leave memory before the denoiser comes.
 """
 
+from engine.flags import sample_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    sample_arguments(__doc__)
+
 import argparse
 import json
 from pathlib import Path
@@ -21,7 +26,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Parser, refuse
+from config import refuse
 from dataset.images import read_text
 from engine.pictures import save_png
 from nets.files import Files
@@ -31,7 +36,6 @@ from teachers import (
     Teacher,
     encode_all,
     find,
-    names,
     read_student,
     student_taus,
     teacher_of,
@@ -39,47 +43,8 @@ from teachers import (
 )
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
-    known = ", ".join(names(trained=False))
-    teacher = f"a teacher itself: {known}, or mine.py (which beside --checkpoint names its teacher)"
-    parser.add_argument("--teacher", help=teacher)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="what to draw")
-    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
-    default = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
-    parser.add_argument("--steps", type=int, help=default)
-    parser.add_argument(
-        "--sampler", choices=("x0", "euler"), help="default: x0, euler for a teacher"
-    )
-    parser.add_argument(
-        "--guidance", type=float, help="default: none, a teacher's own for a teacher"
-    )
-    parser.add_argument("--negative", default="", help="negative prompt, where guidance takes one")
-    size = "of the images, pixels; default: what the teacher was made for"
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
-    parser.add_argument(
-        "--seed", type=int, nargs="+", default=[0], help="one image of each prompt per seed"
-    )
-    parser.add_argument("--batch", type=int, help="images at a time; default: 64 digits, else 1")
-    parser.add_argument("--weights", default="", help="folder of the official files")
-    without = "SD 3.5: read prompts without T5, which need not be there then"
-    parser.add_argument("--no-t5", action="store_true", help=without)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, the embedded task fp32")
-    parser.add_argument("--scale", type=int, help="enlargement; default: 1, the embedded task 8")
-    parser.add_argument("--out", type=Path, default=Path("out.png"))
-    return parser.parse_args()
-
-
 def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     """The settings that images are made with and carry, and whose they are. ValueError."""
-    if not (given.checkpoint or given.teacher):
-        raise ValueError("one of --checkpoint and --teacher is needed: who shall draw?")
     about = read_student(given.checkpoint) if given.checkpoint else {}
     family = teacher_of(given.checkpoint, given.teacher) if about else find(given.teacher)
     preset = family.preset
@@ -136,8 +101,6 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
 
 
 def out_paths(out: Path, count: int) -> list[Path]:
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: images are written as PNG; give a name that ends in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
     if count == 1:
         return [out]
@@ -145,12 +108,9 @@ def out_paths(out: Path, count: int) -> list[Path]:
 
 
 def main() -> None:
-    given = arguments()
+    given = sample_arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        for name in ("steps", "batch", "scale"):
-            if getattr(given, name) is not None and getattr(given, name) < 1:
-                raise ValueError(f"--{name} is {getattr(given, name)}; it must be at least 1")
         settings, family = resolve_settings(given)
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))

@@ -3,6 +3,7 @@
     Flow, DDPM    x_t = alpha(t) x0 + sigma(t) eps, and a network's prediction as x0 or eps
     guided        classifier-free or embedded guidance, the only place that knows which
     grid          the times of a sampler; resolution_shift is FLUX.1-dev's shift for them
+    anchor_at     one of the student's anchors, for each sample
     sample_x0     few-step sampling: estimate x0, noise it again to the next anchor
     sample_ode    deterministic sampling: Euler for Flow, DDIM for DDPM
     Rng, draw_t   random numbers, a function of (seed, step, purpose, sample)
@@ -15,7 +16,7 @@ ranks or configuration.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -165,6 +166,17 @@ def grid(schedule: Flow | DDPM, steps: int, last: float | None = None) -> list[f
     else:
         u = torch.linspace(1, last, steps, dtype=torch.float64)
     return schedule.times(u).tolist()
+
+
+def anchor_at(taus: Sequence[float] | Tensor, i: int, like: Tensor) -> Tensor:
+    """(B,) the anchor taus[i] of each row of `like` (B, ...); after the last 0, clean data.
+
+    taus: K floats, or a tensor (K,), or (K, B) where each sample has anchors of its own.
+    """
+    tau = taus[i] if i < len(taus) else 0.0
+    if isinstance(tau, Tensor):
+        return tau.to(like).expand(len(like))
+    return like.new_full((len(like),), tau)
 
 
 def resolution_shift(tokens: int) -> float:

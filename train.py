@@ -12,7 +12,11 @@ The same command continues an interrupted run. Results are in runs/TEACHER (or -
 student.safetensors, samples.png, curves.png, log.csv, metrics.json.
 """
 
-import argparse
+from engine.flags import train_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    train_arguments(__doc__)
+
 import dataclasses
 import json
 import math
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, Parser, parse, refuse
+from config import Config, refuse
 from dataset.ahead import Ahead
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
@@ -39,17 +43,19 @@ from engine.build import (
     anchors,
     build_learners,
     build_nets,
+    check_optimizer,
     open_training_data,
     precision,
     whole_net,
 )
-from engine.plan import add_plan_flags, show_plan
+from engine.plan import show_plan
+from engine.progress import Progress, header
 from engine.results import finish, is_examined, show
-from engine.run import LOSSES, Run, keep_samples, open_board, open_log, prepare_folder, say
+from engine.run import LOSSES, LogFile, Run, keep_samples, open_board, prepare_folder, say
 from ida import ida_update
 from isg import isg_loss
-from schedule import Rng
-from teachers import configure, find
+from schedule import Rng, anchor_at
+from teachers import find
 
 Log = dict[str, list]  # by name: a value for each part of the batch
 RngFor = Callable[[str, range], Rng]  # purpose and sample numbers -> their random numbers
@@ -121,8 +127,7 @@ class Draw:
 
     def judged(self) -> dict:
         """What both of the discriminator's losses take."""
-        names = ("made", "reference", "text", "weight")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("made", "reference", "text", "weight")}
 
     def detached(self) -> "Draw":
         made = self.made and [x.detach() for x in self.made]
@@ -145,7 +150,7 @@ def draw_student(batch: Batch, nets: Nets, cfg: Config, rng_for: RngFor) -> Draw
         rng=rng_for("input", batch.ids),
         p_backward=1.0 if batch.images is None else cfg.p_backward,
     )
-    tau_start, tau_end = (x_t.new_full((len(x_t),), tau) for tau in (*taus, 0.0)[i : i + 2])
+    tau_start, tau_end = (anchor_at(taus, k, x_t) for k in (i, i + 1))
     prediction = student(x_t, tau_start, batch.cond)
     x0, weight = schedule.x0(x_t, prediction, tau_start), omega(schedule, tau_start)
     draw = Draw(x0, x_t, prediction, tau_start, tau_end, weight)
@@ -206,7 +211,7 @@ def real_features(
 
 
 def note(log: Log, name: str, value: Tensor) -> Tensor:
-    """Into the log of this step; returns the value."""
+    """A scalar for log.csv, TensorBoard and the curves, by any name; returns the value."""
     log[name].append(value.detach())
     return value
 
@@ -215,18 +220,14 @@ def note(log: Log, name: str, value: Tensor) -> Tensor:
 
 
 def minimise(
-    name: str,
-    losses: Iterable[Tensor],
-    opts: dict[str, Learner],
-    step: int,
-    cfg: Config,
-    log: Log,
+    name: str, losses: Iterable[Tensor], opts: dict[str, Learner], step: int, cfg: Config, log: Log
 ) -> bool:
-    """Gradients of the losses' mean, one loss at a time, then one step of the network's optimizer.
+    """Gradients of the losses' mean, one loss at a time, then one step of the network's optimizers.
 
     No rank steps if any has a loss or a gradient that is not finite. Returns whether it stepped.
     """
     opt, total = opts[name], 0.0
+    opt.zero_grad()  # of what losses of other networks, which came through this one, left in it
     for k, loss in enumerate(losses):
         ranks.sync_gradients(opt.net, last=k == cfg.accumulate - 1)
         (loss / cfg.accumulate).backward()
@@ -235,11 +236,9 @@ def minimise(
     finite = bool(torch.isfinite(total)) and bool(torch.isfinite(norm))
     sound = ranks.agree(finite, norm.device)
     if sound:
-        for group in opt.optimizer.param_groups:
-            group["lr"] = opt.lr * lr_factor(step, cfg)
-        opt.optimizer.step()
+        opt.step(lr_factor(step, cfg))
         torch.clear_autocast_cache()  # its bf16 copies of weights that move here, and in IDA
-    opt.optimizer.zero_grad()
+    opt.zero_grad()
     note(log, f"norm_{name}", norm)
     log["skipped"] = [sum(log["skipped"]) + (not sound)]  # of this step's networks, how many
     return sound
@@ -259,17 +258,16 @@ def lr_factor(step: int, cfg: Config) -> float:
 def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) -> Run:
     """The loop: resume, iterate, examine, save. exam: of the teacher's task, or None."""
     opts, run, folder = build_learners(nets, cfg), Run(), out / "checkpoints"
-    saved = nets.trained(), {name: opt.optimizer for name, opt in opts.items()}
+    saved = nets.trained(), {name: opt.optimizers for name, opt in opts.items()}
     state, remarks = checkpoint.load_checkpoint(folder, *saved)
     first = run.resume(state) if state else 0
     for remark in remarks:
         say(remark)
-    if state:
-        say(f"continuing {out} at step {first} of {cfg.steps}")
-    log = open_log(out / "log.csv", first) if ranks.rank() == 0 else None
+    for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
+        say(line)
+    log = LogFile(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
-    steps, hidden = range(first, cfg.steps), ranks.rank() > 0
-    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=hidden)
+    steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)
     with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
         for step, pairs in zip(steps, pairs_of, strict=True):
             batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
@@ -277,11 +275,10 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
                 values = train_step(step, batch, nets, opts, cfg)
             values = ranks.mean_over_ranks(values, device)
             if log:
-                log.writerow({"step": step} | {name: f"{x:.6g}" for name, x in values.items()})
+                log.write(step, values)
             for name, value in values.items() if board else ():
                 board.add_scalar(name, value, step)
-            bar.set_postfix({name: f"{values[name]:.3f}" for name in LOSSES if name in values})
-            bar.update()
+            bar.show(values)
             if remark := data.remark():
                 tqdm.write(remark)  # of whichever rank: each reads samples of its own
             run.count_skipped(values["skipped"])
@@ -297,29 +294,14 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
     return run
 
 
-def arguments() -> tuple[Config, argparse.Namespace]:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    overwrite = "start anew where --out holds another run"
-    parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    add_plan_flags(parser)
-    for part, field, off in (
-        ("ida", "ida_decay", 1.0),
-        ("isg", "w_isg", 0.0),
-        ("gan", "w_gan", 0.0),
-    ):
-        same = f"the same as --{field.replace('_', '-')} {off:g}"
-        parser.add_argument(f"--no-{part}", dest=field, action="store_const", const=off, help=same)
-    return parse(parser, configure)
-
-
 def main() -> None:
+    cfg, given = train_arguments(__doc__)
     try:
-        cfg, given = arguments()
         if given.plan:
             raise SystemExit(show_plan(cfg, given))
         device, family = ranks.start(), find(cfg.teacher)
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
+        check_optimizer(cfg.optimizer)
         data = open_training_data(cfg, family)
         if cfg.export == "full" and not family.prefix():
             raise ValueError(f"--export full: the file of {family.name} holds no other network")

@@ -5,13 +5,18 @@ discriminator, students trained for fewer steps, and a fake score that lags, ove
     python -m digits.ablation --kinds dmd all --seeds 0
 
 A run is train.py with the flags of its kind, in a folder KIND-SEED. It has one thread, and --jobs
-run at once: another number of threads adds in another order, and so ends with another student. What
-is finished is kept, what was interrupted continues. Every student is then examined at 1, 2, 4 and 8
+run at once: another number of threads adds in another order, and so ends with another student. A
+finished run is kept, an interrupted one continues. Every student is then examined at 1, 2, 4 and 8
 steps, and the guided teacher at 50, 4, 2 and 1.
 
 Writes table.md (mean and spread, the standard deviation, over seeds), metrics.json (every row of
 every run) and ablation.png.
 """
+
+from engine.flags import KINDS, ablation_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    ablation_arguments(__doc__)
 
 import argparse
 import hashlib
@@ -29,7 +34,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Parser, refuse
+from config import refuse
 from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times
 from engine.pictures import Graph, graphs_alone
 from schedule import grid
@@ -37,46 +42,9 @@ from teachers import find, read_student, student_taus
 
 TEACHER = find("digits")
 PRESET = TEACHER.preset
-KINDS = {  # title, flags of train.py
-    "dmd": ("DMD", "--no-ida --no-isg --no-gan"),
-    "ida": ("DMD + IDA", "--no-isg --no-gan"),
-    "isg": ("DMD + ISG", "--no-ida --no-gan"),
-    "gan": ("DMD + discriminator", "--no-ida --no-isg"),
-    "no-gan": ("DMD + IDA + ISG", "--no-gan"),
-    "no-isg": ("DMD + IDA + discriminator", "--no-isg"),
-    "no-ida": ("DMD + ISG + discriminator", "--no-ida"),
-    "all": ("all three", ""),
-    "two": ("trained for 2 steps", "--student-steps 2"),
-    "one": ("trained for 1 step", "--student-steps 1"),
-    "slow": ("slow fake score: DMD", "--no-ida --no-isg --no-gan --lr-fake 1e-4"),
-    "slow-ida": ("slow fake score: DMD + IDA", "--no-isg --no-gan --lr-fake 1e-4"),
-    "slow-no-ida": ("slow fake score: all but IDA", "--no-ida --lr-fake 1e-4"),
-    "slow-all": ("slow fake score: all three", "--lr-fake 1e-4"),
-}
 FEWER, SLOW = ("two", "one"), ("slow", "slow-ida", "slow-no-ida", "slow-all")
 COUNTS = (1, 2, 4, 8)  # steps at which a student is examined
 HOW = (torch.float32, torch.device("cpu"))
-
-
-def arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    kinds = "\n".join(
-        f"  {name:12}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
-    )
-    about = {"description": __doc__, "epilog": f"kinds and their flags:\n{kinds}"}
-    parser = Parser(**about, formatter_class=raw, allow_abbrev=False)
-    every = ", ".join(KINDS)
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
-        help=f"any of {every}; default: all of them",
-    )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, help="iterations of a run; default: the preset's")
-    jobs = f"runs at once; default: {os.cpu_count()}, the number of cores"
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help=jobs)
-    out = Path("runs/ablation")
-    parser.add_argument("--out", type=Path, default=out, help=f"default: {out}")
-    return parser.parse_args()
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -222,12 +190,7 @@ def run_all(given: argparse.Namespace, exam: Exam) -> dict[str, list[list[dict]]
 
 
 def main() -> None:
-    given = arguments()
-    for name in ("jobs", "steps"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            refuse(f"--{name} is {getattr(given, name)}; it must be at least 1")
-    if "RANK" in os.environ:
-        refuse("torchrun is not needed; --jobs runs several at once")
+    given = ablation_arguments(__doc__)
     for name in ("kinds", "seeds"):
         setattr(given, name, list(dict.fromkeys(getattr(given, name))))
     torch.set_num_threads(1)  # beside it train others

@@ -92,7 +92,7 @@ def effective_number(seen: Tensor, is_open: Tensor) -> float:
 class Exam:
     """The embedded task's questions, and the judge.
 
-    Asked are `samples` images of each of `captions` captions as in training; of `new` captions that
+    It asks for `samples` images of each of `captions` captions as in training; of `new` ones that
     name everything, with (colour, digit) pairs held out of training; and of `placed` captions like
     "a one and a two", for how objects are placed if nothing is said. Images are rounded to 8 bits
     before they are judged.
@@ -237,7 +237,7 @@ def cached_samples(fingerprint: str) -> list[Tensor] | None:
             return [from_uint8(torch.from_numpy(file[f"seed{seed}"])) for seed in (0, 1)]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); make it anew: pretrain.py samples"
+            f"{path} is damaged ({error}); make it anew: python -m digits.pretrain samples"
         ) from None
 
 

@@ -13,7 +13,11 @@ samples    the teacher's 50-step samples, which FD-T compares with
 The settings are here; the log of the shipped weights is in docs/results.md.
 """
 
-import argparse
+from engine.flags import pretrain_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    pretrain_arguments(__doc__)
+
 import math
 import time
 
@@ -23,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Parser
 from digits import ASSETS
 from digits.exam import Exam, read_scene
 from digits.judge import Judge
@@ -265,14 +268,7 @@ def save_samples() -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "which",
-        nargs="?",
-        default="all",
-        choices=["all", "judge", "backbone", "teacher", "samples"],
-    )
-    which = parser.parse_args().which
+    which = pretrain_arguments(__doc__).which
     if which in ("all", "judge"):
         train_judge()
     if which in ("all", "backbone"):

@@ -9,7 +9,11 @@ are noised data; times are medians, after a warm-up. FLOPs are those of the mode
 again counts as time and not as work. MFU is their share of what a large matrix product reaches.
 """
 
-import argparse
+from engine.flags import bench_arguments
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    bench_arguments(__doc__)
+
 import contextlib
 import copy
 import dataclasses
@@ -20,20 +24,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from config import Config, Parser, refuse
+from config import Config, refuse
 from discriminator import augment, disc_loss, gan_loss, omega
 from dmd import fake_loss, student_input
 from engine import plan
 from ida import ida_update
 from schedule import Rng
-from teachers import FOUND, configure, find
+from teachers import FOUND, find
 
 LR = 1e-6  # SD 3.5's and SDXL's, where bf16 weights round an update away
 
@@ -247,7 +250,11 @@ def peak_memory(bench: Bench) -> float:
     _, step, cfg = found[max(found)]  # the student's turn, judged if any is
     nets, batch = bench.nets, bench.batch
     state = [
-        x for opt in bench.opts.values() for s in opt.optimizer.state.values() for x in s.values()
+        x
+        for opt in bench.opts.values()
+        for optimizer in opt.optimizers
+        for s in optimizer.state.values()
+        for x in s.values()
     ]
     held = [nets.student, nets.fake, nets.teacher, nets.vae, nets.disc]
     known = [x for net in held for x in (*net.parameters(), *net.buffers())] + state
@@ -378,42 +385,6 @@ def table(cfg: Config, found: dict, planned: float) -> str:
     return "\n".join([*lines, f"  {'IDA seconds':<32}" + "".join(f"{x:>10.2g}" for x in row)])
 
 
-def arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--teacher", default="digits", help="whose preset is timed")
-    size = "of the images, pixels; default: the preset's"
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
-    parser.add_argument("--batch", type=int, help="samples; default: the preset's")
-    parser.add_argument("--width-scale", type=float, default=1.0, help="of all networks' widths")
-    parser.add_argument("--depth", type=int, default=0, help="of the denoiser; 0: as it is")
-    parser.add_argument("--disc-channels", type=int, default=0, help="as in train.py")
-    recompute = "as in train.py; default: the preset's"
-    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help=recompute)
-    parser.add_argument("--iterations", type=int, default=3, help="timed, of each thing")
-    parser.add_argument("--compile", action="store_true", help="time compiled blocks too")
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    return parser.parse_args()
-
-
-def bench_config(given: argparse.Namespace) -> Config:
-    """The configuration that is timed. Raises ValueError on what cannot be."""
-    flags = {"size": given.size and tuple(given.size), "batch": given.batch}
-    flags |= {"recompute": given.recompute, "disc_channels": given.disc_channels}
-    cfg = configure(given.teacher, **{name: x for name, x in flags.items() if x is not None})
-    cfg = replace(cfg, p_backward=0.0, ema=0.0, w_gan=cfg.w_gan or 1.0)
-    find(cfg.teacher).check_size(cfg.size)
-    if not 0 < given.width_scale <= 4:
-        raise ValueError(f"--width-scale is {given.width_scale}; it must be above 0, at most 4")
-    if given.depth < 0:
-        raise ValueError(f"--depth is {given.depth}; it must not be negative")
-    if given.iterations < 1:
-        raise ValueError(f"--iterations is {given.iterations}; it must be at least 1")
-    if given.out and not given.out.parent.is_dir():
-        raise ValueError(f"--out {given.out}: there is no folder {given.out.parent}")
-    return cfg
-
-
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -421,10 +392,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def main() -> None:
-    given = arguments()
+    cfg, given = bench_arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        cfg = bench_config(given)
+        find(cfg.teacher).check_size(cfg.size)
+        cfg = replace(cfg, p_backward=0.0, ema=0.0, w_gan=cfg.w_gan or 1.0)
         FOUND[cfg.teacher] = find(cfg.teacher).scaled(given.width_scale, given.depth)
         measured = plan.Measured(cfg, device.type == "cuda")
         planned, free = measured.plan(1, cached=True).total, free_memory(device)

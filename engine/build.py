@@ -1,13 +1,16 @@
 """What a run is built of: networks, optimizers, data.
 
 Nets, build_nets           student, fake score, teacher, discriminator and what stands around
-Learner, build_learners    a trained network and its optimizer
+Learner, build_learners    a trained network and its optimizers
+optimizer_class            of a name with dots
 precision                  bf16 on one device
 open_training_data         the teacher's own, or what --data names
 whole_net                  a denoiser that a rank can call alone
 """
 
 import copy
+import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +25,7 @@ from engine import ranks
 from engine.batch import read_null
 from nets.files import Files
 from schedule import Cond, generator, grid
-from teachers import Teacher, find
+from teachers import Teacher, find, uncropped
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Nets:
     ema: nn.Module  # the student's moving average; the student itself without one
     text: nn.Module | None = None  # captions -> cond; None with a cache
     reader: nn.Module | None = None  # captions -> what the discriminator reads of them; likewise
+    shown: dict[str, Cond] | None = None  # of the prompts of --show
     null: Cond | None = None  # the null caption, encoded once; None: guidance needs none
     cache: Cache | None = None
 
@@ -48,14 +52,28 @@ class Nets:
 
 @dataclass
 class Learner:
-    """A network, its optimizer and the learning rate its schedule multiplies."""
+    """A network, its optimizers and the learning rate that the schedule multiplies."""
 
     net: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     lr: float
 
+    def groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p for group in self.groups() for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self, factor: float) -> None:
+        """At `factor` times the learning rate."""
+        for group in self.groups():
+            group["lr"] = self.lr * factor
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
 def anchors(cfg: Config, schedule) -> tuple[float, ...]:
@@ -120,8 +138,20 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     text = None if cache else family.load_text(files, frozen, device)
     reading = cfg.w_gan and not cache
     reader = family.load_reader(files, frozen, device) if reading else None
+    shown = encode_shown(
+        cfg,
+        text
+        or (cfg.show and family.load_text(family.locate(cfg.weights, t5=cfg.t5), frozen, device)),
+        device,
+    )
     null = read_null(cfg, family, text, device)
-    return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, null, cache)
+    return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, shown, null, cache)
+
+
+def encode_shown(cfg: Config, text, device: torch.device) -> dict[str, Cond] | None:
+    """The prompts of --show, (1, ...) each."""
+    sizes = uncropped(cfg.size)
+    return {prompt: text([prompt], device, sizes) for prompt in cfg.show} or None
 
 
 def count_trained(cfg: Config, family: Teacher, disc: Discriminator | None) -> int:
@@ -137,18 +167,56 @@ def build_disc(
 ) -> Discriminator:
     backbone = family.load_backbone(files, dtype, device)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
-    sees, words = (backbone.width, backbone.count), family.embedding_width()
-    return Discriminator(backbone, *sees, words, cfg.disc_channels).to(device)
+    return Discriminator(backbone, family.embedding_width(), cfg.disc_channels).to(device)
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:
-    def learner(net: nn.Module, lr: float) -> Learner:
-        trained = [p for p in net.parameters() if p.requires_grad]
-        settings = {"betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
-        return Learner(net, torch.optim.AdamW(trained, lr=lr, **settings), lr)
+    def learner(net: nn.Module, blocks: Iterable[nn.Module], lr: float) -> Learner:
+        return Learner(net, build_optimizers(net, blocks, lr, cfg), lr)
 
-    learners = {"student": learner(nets.student, cfg.lr), "fake": learner(nets.fake, cfg.lr_fake)}
-    return learners | ({"disc": learner(nets.disc.heads, cfg.lr_disc)} if nets.disc else {})
+    learners = {
+        name: learner(net, net.blocks(), lr)
+        for name, net, lr in (("student", nets.student, cfg.lr), ("fake", nets.fake, cfg.lr_fake))
+    }
+    return learners | ({"disc": learner(nets.disc.heads, [], cfg.lr_disc)} if nets.disc else {})
+
+
+def build_optimizers(
+    net: nn.Module, blocks: Iterable[nn.Module], lr: float, cfg: Config
+) -> list[torch.optim.Optimizer]:
+    """Together they hold what of `net` is trained. Muon takes the matrices of the blocks, no decay,
+    steps as long as AdamW's (digits/pretrain.py does so too); AdamW the rest.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+    adam = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
+    if cfg.optimizer == "adamw":
+        return [torch.optim.AdamW(trained, **adam)]
+    if cfg.optimizer != "muon":
+        return [optimizer_class(cfg.optimizer)(trained, lr=lr)]
+    # A single row is no matrix, and nothing that shards could multiply.
+    inside = {p for block in blocks for p in block.parameters() if p.ndim == 2 and len(p) > 1}
+    matrices = [p for p in trained if p in inside]
+    rest = [p for p in trained if p not in inside]
+    how = {"lr": lr, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    muon = [torch.optim.Muon(matrices, **how)] if matrices else []
+    return muon + ([torch.optim.AdamW(rest, **adam)] if rest else [])
+
+
+def optimizer_class(name: str) -> type:
+    """package.module.Name. ValueError for what is not there."""
+    module, _, kind = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'--optimizer is "{name}"; choose adamw, muon or package.module.Name ({error})'
+        ) from None
+
+
+def check_optimizer(name: str) -> None:
+    """ValueError, before anything is loaded."""
+    if name not in ("adamw", "muon"):
+        optimizer_class(name)
 
 
 def precision(cfg: Config, nets: Nets, device: torch.device) -> torch.autocast:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,12 +28,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from engine.ranks import on_all_ranks, rank, world
 
+Optimizers = Sequence[torch.optim.Optimizer]  # of one network, each with parameters of its own
 
-def state_of(nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """All tensors of a run by name. An optimizer belongs to the network of its name."""
+
+def state_of(nets: dict[str, nn.Module], optimizers: dict[str, Optimizers]) -> dict:
+    """All tensors of a run by name. Optimizers belong to the network of their name."""
     state = {f"net.{name}": get_model_state_dict(net) for name, net in nets.items()}
     return state | {
-        f"opt.{name}": get_optimizer_state_dict(nets[name], o) for name, o in optimizers.items()
+        f"opt.{name}": get_optimizer_state_dict(nets[name], own) for name, own in optimizers.items()
     }
 
 
@@ -40,7 +43,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     nets: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: dict[str, Optimizers],
     extra: dict,
     keep: int,
 ) -> None:
@@ -87,7 +90,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+    folder: Path, nets: dict[str, nn.Module], optimizers: dict[str, Optimizers]
 ) -> tuple[dict | None, list[str]]:
     """Restores the newest sound checkpoint in place.
 
@@ -103,8 +106,8 @@ def load_checkpoint(
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         for name, net in nets.items():
             set_model_state_dict(net, state[f"net.{name}"])
-        for name, optimizer in optimizers.items():
-            set_optimizer_state_dict(nets[name], optimizer, state[f"opt.{name}"])
+        for name, own in optimizers.items():
+            set_optimizer_state_dict(nets[name], own, state[f"opt.{name}"])
         return json.loads((path / "extra.json").read_text()), remarks
     return None, remarks
 

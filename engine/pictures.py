@@ -10,6 +10,8 @@ graphs_alone        lines, with bands over runs
 
 import csv
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +63,10 @@ def side_by_side(
     picture.save(path)
 
 
-def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int = 256) -> None:
-    """`side_by_side` for large images: shrunk until no side is longer than `side`.
+def sheet(
+    path: Path, captions: list[str], columns: dict[str, Tensor], enlarged: int = 1, side: int = 256
+) -> None:
+    """`side_by_side` for images of any size: shrunk until no side is longer than `side`.
 
     columns: title -> (captions, samples, 3, H, W).
     """
@@ -71,7 +75,7 @@ def sheet(path: Path, captions: list[str], columns: dict[str, Tensor], side: int
         scale = min(1.0, side / max(images.shape[-2:]))
         small = F.interpolate(images.flatten(0, 1), scale_factor=scale, mode="area")
         shrunk[title] = small.unflatten(0, images.shape[:2])
-    side_by_side(path, captions, shrunk, scale=1)
+    side_by_side(path, captions, shrunk, scale=enlarged)
 
 
 def aligned(cells: list[list[str]]) -> str:
@@ -97,15 +101,27 @@ def pyplot():
 
 
 CURVES = ("dmd", "isg", "fake", "gan disc", "fd", "accuracy clean", "digits colours arrangements")
+CURVES += ("norm_student norm_fake norm_disc",)
+
+
+def panels(columns: Iterable[str], exams: list[dict]) -> list[str]:
+    """What is drawn together: of CURVES whatever there is, then each other column of the log."""
+    there = {*columns, *(exams[0] if exams else ())}
+    known = [names for names in CURVES if there.intersection(names.split())]
+    drawn = {"step", *" ".join(known).split()}
+    return known + [name for name in columns if name not in drawn]
 
 
 def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None:
-    """Losses, and the short exams of the student (dashed: the teacher's 50 steps)."""
+    """All that is logged, and the short exams of the student (dashed: the teacher's 50 steps)."""
     plt = pyplot()
     with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), constrained_layout=True)
-    for axis, names in zip(axes.flat, CURVES, strict=False):
+        reader = csv.DictReader(file)
+        rows, shown = list(reader), panels(reader.fieldnames, exams)
+    lines = max(1, math.ceil(len(shown) / 4))
+    size = {"figsize": (16, 3.25 * lines), "squeeze": False}
+    figure, axes = plt.subplots(lines, 4, **size, constrained_layout=True)
+    for axis, names in zip(axes.flat, shown, strict=False):
         for name in names.split():
             examined = exams and name in exams[0]
             source = exams if examined else [row for row in rows if row.get(name)]
@@ -119,7 +135,8 @@ def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None
         axis.set_xlabel("iteration")
         if " " in names and axis.lines:
             axis.legend()
-    axes.flat[-1].axis("off")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
     figure.savefig(path, dpi=75)
     plt.close(figure)
 

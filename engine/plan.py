@@ -14,7 +14,6 @@ Knows nothing of files; no weight is read and no GPU is needed.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -257,10 +256,7 @@ def networks(cfg: Config) -> dict[str, list[nn.Module]]:
     }
     if cfg.w_gan:
         backbone, reader = family.build_backbone(), family.build_reader()
-        words = family.embedding_width()
-        disc = Discriminator(backbone, backbone.width, 1, words, cfg.disc_channels)
-        others = range(backbone.count - 1)
-        disc.heads.extend(copy.deepcopy(disc.heads[0]) for _ in others)  # all alike
+        disc = Discriminator(backbone, family.embedding_width(), cfg.disc_channels)
         found |= {
             "backbone": [disc.backbone],
             "heads": [disc.heads],
@@ -627,15 +623,7 @@ def changes(measured: Measured, gpus: int, memory: float, cached: bool) -> list[
     ]
 
 
-# --- the flags of train.py -----------------------------------------------------------------------
-
-
-def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    help = "print bytes per GPU and FLOPs of an iteration, load nothing; exit code 1: does not fit"
-    parser.add_argument("--plan", action="store_true", help=help)
-    parser.add_argument("--gpus", type=int, default=8, help="of the plan")
-    help = "of the plan, GB (10^9 bytes) of each"
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help=help)
+# --- train.py --plan -----------------------------------------------------------------------------
 
 
 def show_plan(cfg: Config, given: argparse.Namespace) -> int:
@@ -644,10 +632,6 @@ def show_plan(cfg: Config, given: argparse.Namespace) -> int:
     Raises ValueError on what cannot be.
     """
     find(cfg.teacher).check_size(cfg.size)
-    if given.gpus < 1:
-        raise ValueError(f"--gpus is {given.gpus}; it must be at least 1")
-    if not given.gpu_memory > 0:
-        raise ValueError(f"--gpu-memory is {given.gpu_memory}; it must be above 0")
     measured, memory = Measured(cfg), 1e9 * given.gpu_memory
     plan = measured.plan(given.gpus, bool(cfg.cache))
     print(report(plan, memory))

@@ -79,6 +79,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world() -> int:
+    """Ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def barrier() -> None:
     """No rank goes on before all are here."""
     if dist.is_initialized():
@@ -243,6 +248,11 @@ def whole_heads(heads: nn.ModuleList) -> Iterator[None]:
 def is_shared(net: nn.Module) -> bool:
     """Whether ranks share it, as copies or as shards; then `shard` chose what it computes in."""
     return isinstance(net, FSDPModule)
+
+
+def shards_of(net: nn.Module) -> int:
+    """Into how many shards a shared network is cut; 1: copies."""
+    return next(net.parameters()).device_mesh.size(-1)
 
 
 def sync_gradients(net: nn.Module, last: bool) -> None:

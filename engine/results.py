@@ -24,16 +24,16 @@ from engine.build import Nets, anchors, precision, whole_net
 from engine.pictures import curves, sheet
 from engine.run import Run, say
 from nets.weights import merge_weights, stream_weights
-from schedule import generator, normal, sample_x0
+from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find, read_student
 
 
 def show(
     done: int, cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torch.device
 ) -> None:
-    """A short exam where the task has one, else a sheet of the student's images; by all ranks."""
+    """A sheet of the student's images, and a short exam where the task has one; by all ranks."""
+    draw_sheet(cfg, nets, data, out / "samples" / f"step-{done:06d}.png", device)
     if not nets.family.examined:
-        draw_sheet(cfg, nets, data, out / "samples" / f"step-{done:06d}.png", device)
         return
     student = whole_net(nets.ema, cfg, nets.family)
     if exam:
@@ -56,7 +56,8 @@ def finish(
         merge(cfg, path)
     if ranks.rank() == 0:
         report(cfg, out, nets, exam, run, time.time() - start)
-        print(f"{path}; samples.png, curves.png, log.csv and metrics.json are beside it")
+        made = (name for name in LEFT if (out / name).exists())
+        print(f"{path}; beside it: {', '.join(made)}")
 
 
 def is_examined(cfg: Config, family: Teacher) -> bool:
@@ -96,28 +97,41 @@ def merge(cfg: Config, student: Path) -> None:
 
 
 SHOWN = 4  # captions of the sheet
+LEFT = ("full.safetensors", "samples.png", "samples/", "curves.png", "log.csv", "metrics.json")
 
 
 @torch.no_grad()
 def draw_sheet(cfg: Config, nets: Nets, data, path: Path, device: torch.device) -> None:
-    """The student's images for the first captions of the data, from fixed noise; by all ranks."""
-    first = data(range(cfg.batch * cfg.accumulate if cfg.buckets else SHOWN))
-    size = cfg.size if first.images is None else tuple(first.images.shape[-2:])
+    """The student's images for --show, else for the data's first captions, from fixed noise.
+
+    By all ranks.
+    """
     taus, images = anchors(cfg, nets.student.schedule), []
-    for k, caption in enumerate(first.captions[:SHOWN]):
-        # the cache knows a sample by its image; without one there is no need to encode it
-        parts = (first.images if nets.cache else None, first.sizes)
-        one = Pairs([caption], *(None if x is None else x[k : k + 1] for x in parts))
-        draw = [generator("sheet", k)]
-        eps = normal(torch.empty(1, *nets.family.latent_shape(size), device=device), draw)
-        with precision(cfg, nets, device):
-            cond = load_batch(range(1), one, nets, cfg, device).cond
+    with precision(cfg, nets, device):
+        shown, size = (nets.shown, cfg.size) if nets.shown else first_conds(cfg, nets, data, device)
+        for k, cond in enumerate(shown.values()):
+            draw = [generator("sheet", k)]
+            eps = normal(torch.empty(1, *nets.family.latent_shape(size), device=device), draw)
             x0 = sample_x0(nets.ema, eps, cond, taus, generators=draw)
             images.append(nets.vae.decode(x0).cpu())
     if ranks.rank() == 0:
         path.parent.mkdir(exist_ok=True)
         title = f"student, {len(taus)} steps"
-        sheet(path, first.captions[:SHOWN], {title: torch.stack(images)})
+        sheet(path, list(shown), {title: torch.stack(images)}, nets.family.enlarged)
+
+
+def first_conds(
+    cfg: Config, nets: Nets, data, device: torch.device
+) -> tuple[dict[str, Cond], tuple[int, int]]:
+    """The cond of the data's first captions, and the size of their images."""
+    first = data(range(cfg.batch * cfg.accumulate if cfg.buckets else SHOWN))
+    found = {}
+    for k, caption in enumerate(first.captions[:SHOWN]):
+        # the cache knows a sample by its image; without one there is no need to encode it
+        parts = (first.images if nets.cache else None, first.sizes)
+        one = Pairs([caption], *(None if x is None else x[k : k + 1] for x in parts))
+        found[caption] = load_batch(range(1), one, nets, cfg, device).cond
+    return found, cfg.size if first.images is None else tuple(first.images.shape[-2:])
 
 
 def report(cfg: Config, out: Path, nets: Nets, exam, run: Run, seconds: float) -> None:

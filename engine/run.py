@@ -2,7 +2,7 @@
 
 prepare_folder   made if need be; refused if it holds a run of another configuration
 keep_samples     a run that continues sees the same samples, on any number of ranks
-open_log         log.csv, one row an iteration
+LogFile          log.csv, one row an iteration, a column for whatever is noted
 Run              exams so far, skipped updates, SIGTERM
 """
 
@@ -84,24 +84,49 @@ def keep_samples(cfg: Config, out: Path) -> Config:
     return cfg
 
 
-LOSSES = ["dmd", "isg", "gan", "fake", "disc"]
-COLUMNS = ["step", *LOSSES, "norm_student", "norm_fake", "norm_disc", "skipped"]
+LOSSES = ["dmd", "isg", "gan", "fake", "disc"]  # shown first
 
 
-def open_log(path: Path, step: int) -> csv.DictWriter:
-    """log.csv, one row an iteration; rows from `step` on, where a run is resumed, are dropped."""
-    rows = []
-    if path.is_file():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))[:step]
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
-    file = open(path, "a", newline="", buffering=1)  # noqa: SIM115 (open as long as the run)
-    return csv.DictWriter(file, COLUMNS, restval="")
+def order(name: str) -> tuple:
+    """Of columns: step, losses, norms of gradients, the rest as it came."""
+    rank = LOSSES.index(name) if name in LOSSES else len(LOSSES)
+    return name != "step", rank, not name.startswith("norm_")
+
+
+class LogFile:
+    """log.csv, one row an iteration. A value that is new gets a column, empty in earlier rows."""
+
+    def __init__(self, path: Path, step: int):
+        """Rows from `step` on, where a run is resumed, are dropped."""
+        self.path, self.columns = path, ["step"]
+        self.begin(self.rows()[:step] if path.is_file() else [])
+
+    def rows(self) -> list[dict[str, str]]:
+        with open(self.path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            self.columns = list(reader.fieldnames or self.columns)
+        return rows
+
+    def begin(self, rows: list[dict[str, str]]) -> None:
+        """The file anew, complete or as it was, then open for more."""
+        part = self.path.with_suffix(".part")
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(part, self.path)
+        self.file = open(self.path, "a", newline="", buffering=1)  # noqa: SIM115 (as long as the run)
+        self.writer = csv.DictWriter(self.file, self.columns, restval="")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        row = {"step": step} | {name: f"{value:.6g}" for name, value in values.items()}
+        if not row.keys() <= set(self.columns):
+            self.file.close()
+            rows = self.rows()
+            self.columns = sorted(dict.fromkeys([*self.columns, *row]), key=order)
+            self.begin(rows)
+        self.writer.writerow(row)
 
 
 def open_board(out: Path, step: int):

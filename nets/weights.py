@@ -53,7 +53,7 @@ UNREADABLE += (AttributeError, TypeError)
 def safetensors_of(path: Path) -> Path:
     """A file that torch.save wrote (.pt, .pth, .bin) -> its copy beside it, NAME.safetensors.
 
-    Made once, and made again if the file is newer. Tensors alone are read: what else such a file
+    The copy is made once, and again if the file is newer. Tensors alone are read: what else a file
     can hold is code, which would run. A dict of tensors, or one under "state_dict". ValueError.
     """
     if path.suffix not in (".pt", ".pth", ".bin") or not path.is_file():

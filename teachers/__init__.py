@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Config, resolve
+from config import Config, near, resolve
 from nets.files import SHARED, Files, Part, find_files
 
 if TYPE_CHECKING:
@@ -402,8 +402,8 @@ def find(name: str) -> Teacher:
 
 def from_family(name: str) -> Teacher:
     if name not in FAMILIES:
-        known = ", ".join(names())
-        raise ValueError(f'unknown teacher "{name}"; choose from {known}, or give a file, mine.py')
+        known = f"choose from {', '.join(names())}, or give a file, mine.py{near(name, FAMILIES)}"
+        raise ValueError(f'unknown teacher "{name}"; {known}')
     return importlib.import_module(f"teachers.{FAMILIES[name]}").TEACHERS[name]
 
 

@@ -46,7 +46,10 @@ T5_TOKENS = 256  # diffusers' length; the released SenseFlow code pads to 77
 
 
 class SD35(Teacher):
+    """Large."""
+
     optional = ("t5", "t5_tokenizer")
+    dimensions = {"width": 2432, "depth": 38, "heads": 38, "table": 192}
 
     def parts(self) -> dict[str, Part]:
         repo = f"stabilityai/stable-diffusion-3.5-{self.name.removeprefix('sd35-')}"
@@ -64,12 +67,13 @@ class SD35(Teacher):
         return parts
 
     def full_size(self) -> Networks:
-        from model import SD35_LARGE, SD35_MEDIUM
+        from model import MMDiTConfig
         from nets.clip import CLIP_G, CLIP_L
         from nets.text import T5_XXL
         from nets.vae import VAES
 
-        denoiser = {"sd35-large": SD35_LARGE, "sd35-medium": SD35_MEDIUM}[self.name]
+        text = {"context_width": 4096, "pooled_width": 2048}
+        denoiser = MMDiTConfig(patch=2, channels=16, **self.dimensions, **text)
         return Networks(denoiser, VAES["sd35"], CLIP_L, CLIP_G, T5_XXL)
 
     def build(self, shift: float):
@@ -123,4 +127,13 @@ class SD35(Teacher):
         return replace(cfg, **scaled_heads(cfg, scale), depth=deep, dual_blocks=dual)
 
 
-TEACHERS = {"sd35-large": SD35("sd35-large", LARGE), "sd35-medium": SD35("sd35-medium", MEDIUM)}
+class SD35Medium(SD35):
+    """Its first blocks have a second attention."""
+
+    dimensions = {"width": 1536, "depth": 24, "heads": 24, "table": 384, "dual_blocks": 13}
+
+
+TEACHERS = {
+    "sd35-large": SD35("sd35-large", LARGE),
+    "sd35-medium": SD35Medium("sd35-medium", MEDIUM),
+}

@@ -46,7 +46,7 @@ def test_every_combination_of_the_three_parts_is_a_kind(monkeypatch):
     parts = {}
     for kind, (title, _) in ablation.KINDS.items():
         monkeypatch.setattr(sys, "argv", ["train.py", *ablation.flags_of(kind, 5, None)])
-        cfg, _ = train.arguments()
+        cfg, _ = train.train_arguments("")
         assert cfg.seed == 5 and not cfg.table
         on = (cfg.ida_decay < 1, cfg.w_isg > 0, cfg.w_gan > 0)
         assert (cfg.student_steps < 4) == (kind in ablation.FEWER)

@@ -1,7 +1,13 @@
 """The commands as a user meets them: bad input gets one line and exit code 2; sample.py draws."""
 
+import ast
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +18,15 @@ from small import embedded
 
 import evaluate
 import sample
-import toy
 import train
-from config import Config, differences, field_comments
+from config import Choice, Config, Parser, Range, differences, flag, shown
 from digits import ASSETS
-from nets import vision
-from nets.weights import load_weights, save_weights
+from engine import flags
+from nets.weights import DTYPES, load_weights, save_weights
+from plane import __main__ as plane
 from teachers import configure, find, names
+
+FIELDS = dataclasses.fields(Config)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +105,29 @@ def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, dam
     refused(command(train, "--out", tmp_path / "run"), str(broken))
 
 
-def test_every_field_has_a_flag_with_a_help_text(command):
-    code, out, _ = command(train, "--help")
-    assert code == 0
-    for field, comment in field_comments().items():
-        assert "--" + field.replace("_", "-") in out and comment
-    assert set(field_comments()) == set(Config.__dataclass_fields__)
+def test_help_has_every_field_in_its_group_with_the_named_teachers_default(command):
+    """And the teachers that exist. Without a teacher's name: of digits."""
+    titles = [field.metadata["group"] for field in FIELDS if field.metadata["group"]]
+    assert titles[0] == "teacher" and titles[-1] == "run" and len(titles) == len(set(titles)) == 9
+    for given, preset in (
+        ((), configure()),
+        (("--teacher", "flux-dev"), configure("flux-dev")),
+        (("--teacher", "sdxl", "--lr", 3), configure("sdxl")),
+        (("--student-steps", 2), configure(student_steps=2)),
+    ):
+        code, out, _ = command(train, "--help", *given)
+        assert code == 0
+        group = ""
+        groups = {text.split(":\n")[0]: text for text in out.split("\n\n")}
+        for field in FIELDS:
+            group = field.metadata["group"] or group
+            said = " ".join(groups[group].split(flag(field.name), 1)[1].split())
+            value = shown(getattr(preset, field.name))
+            assert said.split("(default: ")[1].startswith(f"{value})"), field.name
+            assert field.metadata["help"] in said
+        for name in names():
+            assert name in groups["teacher"]
+    refused(command(train, "--help", "--teacher", "flux"), "did you mean flux-dev?")
 
 
 def test_presets_are_sound_and_flags_win():
@@ -116,6 +141,158 @@ def test_presets_are_sound_and_flags_win():
     saved = json.loads(json.dumps(vars(configure())))
     assert differences(saved, configure(out="elsewhere", keep=9)) == []
     assert differences(saved, configure(seed=1)) == ["seed: 0 -> 1"]
+
+
+# --- flags of every command ----------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("train", "sample", "evaluate", "engine.bench", "digits.pretrain", "digits.ablation")
+
+
+@pytest.fixture(params=COMMANDS)
+def actions(request, monkeypatch):
+    """What a command's parser has."""
+    found = []
+
+    def stop(self, *_):
+        found.extend(self._actions)
+        raise InterruptedError
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    with pytest.raises(InterruptedError):
+        getattr(flags, f"{request.param.split('.')[-1]}_arguments")("")
+    return found
+
+
+def test_every_number_and_word_says_what_it_may_be(actions):
+    """Numbers have bounds, or none on purpose: Range(). So nan and inf are refused."""
+    for action in actions:
+        if action.type in (int, float):
+            assert isinstance(action.may, Range), action.option_strings
+    assert actions and not any(action.choices for action in actions), "may, which suggests"
+
+
+def test_every_field_says_what_it_may_be():
+    for field in FIELDS:
+        kinds = getattr(field.type, "__args__", (field.type,))
+        assert field.metadata["help"]
+        if int in kinds or float in kinds:
+            assert isinstance(field.metadata["may"], Range), field.name
+    words = [field.name for field in FIELDS if isinstance(field.metadata["may"], Choice)]
+    assert words == ["t_dmd", "t_fake", "isg_distance", "disc_augment", "shard", "crop", "export"]
+    assert set(flags.DTYPE.words) == set(DTYPES)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_float_is_nan_or_infinite(command, value):
+    """As a flag, and in the preset of a teacher of one's own."""
+    floats = [field for field in FIELDS if float in getattr(field.type, "__args__", (field.type,))]
+    assert len(floats) > 15
+    for field in floats:
+        several = field.type is not float
+        count = 2 if several else 1
+        given = [flag(field.name), *[value] * count]
+        refused(command(train, *given), f"{flag(field.name)} is {value}", "must be a finite number")
+        wrong = (float(value),) * 2 if several else float(value)
+        with pytest.raises(ValueError, match=f"{flag(field.name)} is {value}"):
+            configure(**{field.name: wrong})
+    asked = (sample, "--teacher", "digits", "--prompt", "a one above a two", "--guidance", value)
+    refused(command(*asked), f"--guidance is {value}")
+    refused(command(train, "--plan", "--gpu-memory", value), f"--gpu-memory is {value}")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ((train, "--lr", "-1"), "--lr is -1.0; it must be at least 0"),
+        ((train, "--lr-start", "2"), "--lr-start is 2.0; it must be from 0 to 1"),
+        ((train, "--betas", "0.9", "1"), "--betas is 0.9 1.0; each must be at least 0, below 1"),
+        ((train, "--taus", "1.5", "0.5"), "--taus is 1.5 0.5; each must be above 0, at most 1"),
+        ((train, "--shift", "0"), "--shift is 0.0; it must be above 0"),
+        ((train, "--seed", "9" * 400, "--batch", "0"), "--batch is 0; it must be at least 1"),
+        ((train, "--learning-rate", "1"), "--learning-rate 1; did you mean --lr?"),
+        ((train, "--learning-rate=1"), "; did you mean --lr?"),
+        ((train, "--fake-learning-rate", "1"), "; did you mean --lr-fake? "),
+        ((train, "--batch-size", "1"), "; did you mean --batch? "),
+        ((train, "--resolution", "1"), "; did you mean --size? "),
+        ((train, "--teachr", "digits"), "; did you mean --teacher? "),
+        ((train, "--zzz", "1"), "unrecognized arguments: --zzz 1 (train.py --help"),
+        ((train, "--teacher", "flux"), "; did you mean flux-dev?"),
+        ((train, "--teacher", "sd3.5-large"), "; did you mean sd35-large?"),
+        ((train, "--shard", "fdsp"), "; did you mean fsdp? "),
+        ((train, "--disc-augment", "color"), "; did you mean colour? "),
+        ((sample, "--sampler", "eular", "--prompt", "x"), "; did you mean euler? "),
+        ((sample, "--teacher", "flux-shnel", "--prompt", "x"), "; did you mean flux-schnell?"),
+        ((sample, "--seeds", "1", "--prompt", "x"), "; did you mean --seed? "),
+        ((evaluate, "--teacher", "digit", "--student", "x"), "; did you mean digits?"),
+        ((evaluate, "--dtype", "bf6", "--student", "x"), "; did you mean bf16? "),
+    ],
+)
+def test_bounds_are_told_and_near_misses_suggested(command, given, said):
+    refused(command(*given), said)
+
+
+DRIVER = """
+import runpy, sys
+{before}
+sys.argv[1:] = {arguments}
+try:
+    runpy.run_module({name!r}, run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    code = stop.code or 0
+slow = {{"torch", "numpy", "PIL", "matplotlib", "tokenizers", "huggingface_hub", "safetensors"}}
+print("CODE", code, *sorted(slow & set(sys.modules)))
+"""
+
+
+def answer(name, *arguments, before=""):
+    """Exit code and slow modules imported, stdout, stderr of a command in a Python of its own."""
+    driver = DRIVER.format(name=name, arguments=list(map(str, arguments)), before=before)
+    run = [sys.executable, "-c", driver]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    out, code = done.stdout.rstrip("\n").rsplit("CODE ", 1)
+    return code, out, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_slow(name):
+    start = time.time()
+    code, out, _ = answer(name, "--help")
+    assert code == "0" and "usage: " in out
+    assert time.time() - start < 10, "a tenth of a second, where nothing else runs"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("train", "--stepz", 3),
+        ("train", "--teacher", "flux"),
+        ("train", "--lr", "nan"),
+        ("train", "--plan", "--gpus", 0),
+        ("train", "--help", "--teacher", "nobody"),
+        ("sample", "--prompt", "x"),
+        ("sample", "--teacher", "digits", "--prompt", "x", "--out", "x.jpg"),
+        ("evaluate", "--student", "x", "--resamples", 1),
+        ("evaluate", "--student", "x", "--teacher", "nobody"),
+        ("engine.bench", "--width-scale", 9),
+        ("digits.pretrain", "techer"),
+        ("digits.ablation", "--kinds", "idea"),
+    ],
+)
+def test_a_wrong_flag_imports_nothing_slow(given):
+    code, out, err = answer(*given)
+    assert (code, out) == ("2", "") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_older_python_is_refused_in_one_line(name):
+    """It can read what it reads until then, down to 3.8."""
+    for module in (name, "engine.flags", "config"):
+        text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        ast.parse(text, feature_version=(3, 8))
+    older = "sys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'"
+    code, out, err = answer(name, "--help", before=older)
+    assert (code, out) == ("2", "") and err == "Python 3.11 or newer is needed; this is 3.10.4\n"
 
 
 # --- sample.py -----------------------------------------------------------------------------------
@@ -169,7 +346,7 @@ def test_sample_refuses_what_it_cannot_draw(command, student, tmp_path):
     )
     jpg = ["--prompt", "a one and a two", "--out", "x.jpg"]
     refused(command(sample, "--checkpoint", student, *jpg), ".png")
-    other = vision.ASSETS / "judge.safetensors"
+    other = ASSETS / "judge.safetensors"
     refused(command(sample, "--checkpoint", other, "--prompt", "a one and a two"), "not a student")
 
 
@@ -207,10 +384,12 @@ def test_weights_must_be_those_of_the_network(tmp_path):
 def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_path, monkeypatch):
     (tmp_path / "teacher_samples.npz").write_bytes(b"PK not a zip")
     monkeypatch.setattr("digits.exam.ASSETS", tmp_path)
-    refused(command(evaluate, "--student", student), "teacher_samples.npz", "pretrain.py samples")
+    refused(
+        command(evaluate, "--student", student), "teacher_samples.npz", "digits.pretrain samples"
+    )
 
 
-# --- toy.py --------------------------------------------------------------------------------------
+# --- python -m plane -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,15 +398,15 @@ def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_p
         (["idea"], 'unknown scenario "idea"; choose from all, ida, isg'),
         (["ida", "--seeds", "0"], "--seeds is 0"),
         (["ida", "--seedz", "1"], "--seedz"),
-        (["ida", "--out", "/proc/toy"], "/proc/toy"),
+        (["ida", "--out", "/proc/plane"], "/proc/plane"),
     ],
 )
-def test_toy_refuses_what_cannot_be(command, flags, named):
-    refused(command(toy, *flags), "toy.py: ", named)
+def test_plane_refuses_what_cannot_be(command, flags, named):
+    refused(command(plane, *flags), "python -m plane: ", named)
 
 
-def test_toy_prints_a_table_and_draws_a_picture(command, tmp_path):
-    code, out, err = command(toy, "ida", "--seeds", 1, "--out", tmp_path)
+def test_plane_prints_a_table_and_draws_a_picture(command, tmp_path):
+    code, out, err = command(plane, "ida", "--seeds", 1, "--out", tmp_path)
     assert code == 0, err
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "1 of 1" in rows["IDA"], "IDA should have the smaller distance"

@@ -37,7 +37,7 @@ def disc():
     backbone = ViT(DIGITS_VIT)
     for p in backbone.parameters():
         nn.init.normal_(p, std=0.2)
-    return Discriminator(backbone, DIGITS_VIT.width, 1 + len(DIGITS_VIT.hooks), text_width=10)
+    return Discriminator(backbone, text_width=10)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_images_of_any_size_are_judged(batch, height, width):
     """Patches of 14 in images that are no multiple of it and not square, down to one row."""
     torch.manual_seed(0)
     cfg = dataclasses.replace(DIGITS_VIT, patch=14, recompute=True)
-    disc = Discriminator(ViT(cfg), cfg.width, 3, text_width=10, lighter=8)
+    disc = Discriminator(ViT(cfg), text_width=10, lighter=8)
     image = torch.randn(batch, 3, height, width, requires_grad=True)
     maps, text, weight = disc.features(image), torch.eye(batch, 10), torch.ones(batch)
     reference = [x.detach() for x in maps]
@@ -318,7 +318,7 @@ def test_two_hundred_steps_tell_real_digits_from_noisy_ones_and_lead_back():
     torch.manual_seed(0)
     cfg, speaker, B = dataclasses.replace(DIGITS_VIT, hooks=(1,)), SceneText(), 8
     backbone = load_vit(cfg, ASSETS / "backbone.safetensors")
-    disc = Discriminator(backbone, cfg.width, 2, SceneText.pooled_width, lighter=16)
+    disc = Discriminator(backbone, SceneText.pooled_width, lighter=16)
     optimizer = torch.optim.AdamW(disc.heads.parameters(), lr=1e-3)
     weight = torch.ones(B)
 

@@ -201,17 +201,17 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(run, flags, studen
 
 def test_images_are_of_this_student_and_this_teacher(run, flags, student, tmp_path):
     """Another file in the same place is noticed; another teacher may be given as a file."""
-    plan = planned(flags)
-    evaluate.draw_missing(plan, torch.device("cpu"))
-    assert not any(evaluate.missing(plan, s) for s in plan.samplings)
+    task = planned(flags)
+    evaluate.draw_missing(task, torch.device("cpu"))
+    assert not any(evaluate.missing_images(task, s) for s in task.samplings)
     make_student(student.parent, random(Flux(TINY.sizes.denoiser, Flow()), 10))
-    assert [len(evaluate.missing(plan, s)) for s in plan.samplings] == [0, 0, 24, 24]
+    assert [len(evaluate.missing_images(task, s)) for s in task.samplings] == [0, 0, 24, 24]
     other = tmp_path / "other.safetensors"
     save_weights(random(Flux(TINY.sizes.denoiser, Flow()), 11), other, torch.float32, {})
-    plan = planned([*flags, "--teacher", other])
-    assert [len(evaluate.missing(plan, s)) for s in plan.samplings] == [24, 24, 24, 24]
-    evaluate.draw_missing(plan, torch.device("cpu"))
-    assert not any(evaluate.missing(plan, s) for s in plan.samplings)
+    task = planned([*flags, "--teacher", other])
+    assert [len(evaluate.missing_images(task, s)) for s in task.samplings] == [24, 24, 24, 24]
+    evaluate.draw_missing(task, torch.device("cpu"))
+    assert not any(evaluate.missing_images(task, s) for s in task.samplings)
 
 
 def planned(flags):
@@ -219,7 +219,7 @@ def planned(flags):
     argv = sys.argv
     try:
         sys.argv = ["evaluate.py", *map(str, flags)]
-        return evaluate.decide(evaluate.arguments())[0]
+        return evaluate.resolve_task(evaluate.arguments())[0]
     finally:
         sys.argv = argv
 
@@ -229,11 +229,11 @@ def test_ranks_share_the_images_and_draw_what_one_would(flags, tmp_path):
     level of 255."""
     for world, batch in ((1, 1), (2, 1), (3, 5)):
         out = tmp_path / f"{world}"
-        plan = planned([*flags, "--out", out, "--batch", batch])
-        shares = [evaluate.missing(plan, plan.samplings[0], r, world) for r in range(world)]
+        task = planned([*flags, "--out", out, "--batch", batch])
+        shares = [evaluate.missing_images(task, task.samplings[0], r, world) for r in range(world)]
         assert sorted(k for share in shares for k in share) == list(range(24))
         for rank in range(world):
-            evaluate.draw_missing(plan, torch.device("cpu"), rank, world)
+            evaluate.draw_missing(task, torch.device("cpu"), rank, world)
     one, two, three = (files_of(tmp_path / f"{world}" / "images") for world in (1, 2, 3))
     assert len(one) == 4 * 24 and one == two and one.keys() == three.keys()
     for name in one:
@@ -244,12 +244,12 @@ def test_ranks_share_the_images_and_draw_what_one_would(flags, tmp_path):
 def test_encoders_are_gone_before_a_denoiser_comes_and_that_before_the_next(flags, monkeypatch):
     loaded, load_net = [], evaluate.load_net
 
-    def watched(plan, who, *how):
+    def watched(task, who, *how):
         alive = [o for o in gc.get_objects() if type(o) in (T5, CLIP, Flux)]
         loaded.append((who, alive))
-        return load_net(plan, who, *how)
+        return load_net(task, who, *how)
 
-    monkeypatch.setattr(evaluate, "load_net", watched)
+    monkeypatch.setattr("engine.drawing.load_net", watched)
     gc.collect()  # what other tests left
     evaluate.draw_missing(planned(flags), torch.device("cpu"))
     assert loaded == [("teacher", []), ("student", [])]

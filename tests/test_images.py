@@ -109,7 +109,7 @@ def captions_of(path: str, ranks: int, workers: int, steps: range, batch: int = 
     """What all ranks see, each with a data set of its own."""
     seen = {}
     for rank in range(ranks):
-        data = open_data("flux-dev", path, SIZE, seed=5)
+        data = open_data(path, SIZE, seed=5)
         ids = [batch_ids(step, batch, rank, ranks) for step in steps]
         with Ahead(data, ids.__getitem__, workers, range(len(ids))) as batches:
             for n, pairs in zip(ids, batches, strict=True):
@@ -147,14 +147,14 @@ def test_a_run_resumed_in_mid_epoch_sees_the_rest_of_it(write, form):
 def test_a_random_crop_is_a_function_of_seed_and_number(tmp_path):
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 64, 3), dtype=np.uint8))
     path = str(write_folder(tmp_path / "x", [(encoded(wide), b"noise")] * 30))
-    one, two = (open_data("sdxl", path, SIZE, 1, crop="random") for _ in range(2))
+    one, two = (open_data(path, SIZE, 1, crop="random") for _ in range(2))
     batch = one(range(4, 28))
     alone = two([20])
     assert torch.equal(batch.images[16:17], alone.images)
     assert torch.equal(batch.sizes[16:17], alone.sizes)
     left = batch.sizes[:, 3]
     assert len(left.unique()) > 12 and left.min() < 12 and 36 < left.max() <= 48
-    other = open_data("sdxl", path, SIZE, 2, crop="random")(range(4, 28))
+    other = open_data(path, SIZE, 2, crop="random")(range(4, 28))
     assert not torch.equal(other.sizes, batch.sizes)
 
 
@@ -162,7 +162,7 @@ def test_shards_are_read_window_by_window(write, monkeypatch):
     """24 samples in shards of 8, windows of 4: a window never reaches into more than two shards,
     the shards' order changes, and samples are shuffled within a window."""
     monkeypatch.setattr(images, "WINDOW", 4)
-    source = open_data("flux-dev", write("shards with txt"), SIZE, 0).source
+    source = open_data(write("shards with txt"), SIZE, 0).source
     orders = [source.order(torch.Generator().manual_seed(n)) for n in range(20)]
     for order in orders:
         assert order.sort().values.tolist() == list(range(COUNT))
@@ -240,7 +240,7 @@ def test_a_corrupt_tar_is_named_and_its_readable_part_used(write, damage):
     else:
         stored = b"<html>not found</html>" * 100
     broken.write_bytes(stored)
-    data = open_data("flux-dev", path, SIZE, 0)
+    data = open_data(path, SIZE, 0)
     left = 16 if damage == "no tar" else 18
     assert len(data.source) == left
     captions = data(range(left)).captions
@@ -259,7 +259,7 @@ def test_a_tar_is_as_good_when_only_its_end_mark_is_missing(write):
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[-1]
     shard.write_bytes(shard.read_bytes()[: last.offset_data + 512])
-    data = open_data("flux-dev", path, SIZE, 0)
+    data = open_data(path, SIZE, 0)
     assert len(data.source) == COUNT and list(data.bad.values()) == ["the tar ends early"]
 
 
@@ -336,7 +336,7 @@ def test_any_shape_is_covered_without_a_step_outside(shape):
 
 def test_the_six_sizes_of_a_batch_are_its_samples(tmp_path):
     path = write_folder(tmp_path / "x", [(encoded(flat(0, 40, 20)), b"wide")])
-    batch = open_data("sdxl", str(path), SIZE, 0)([0])
+    batch = open_data(str(path), SIZE, 0)([0])
     assert batch.sizes.tolist() == [[20, 40, 0, 8, 16, 16]]
 
 
@@ -375,7 +375,7 @@ def bucketed(tmp_path, count: int = 30, seed: int = 0, batch: int = 4):
         (encoded(flat((n, 0, 0), *shapes[n % 3])), f"sample {n}".encode()) for n in range(count)
     ]
     path = str(write_folder(tmp_path / "x", samples))
-    return open_data("flux-dev", path, (256, 256), seed, buckets=True, batch=batch)
+    return open_data(path, (256, 256), seed, buckets=True, batch=batch)
 
 
 def test_a_batch_has_one_shape_and_an_epoch_every_sample(tmp_path):
@@ -407,7 +407,7 @@ def test_buckets_follow_exif(tmp_path):
     stored = [encoded(lying, form, exif=exif, **options) for form, options in forms]
     assert min(map(len, stored)) > 1 << 16
     path = write_folder(tmp_path / "x", [(image, b"tall") for image in stored])
-    data = open_data("flux-dev", str(path), (256, 256), 0, buckets=True)
+    data = open_data(str(path), (256, 256), 0, buckets=True)
     assert [data([i]).images.shape[2] > 256 for i in range(3)] == [True] * 3
 
 
@@ -450,13 +450,13 @@ def test_a_bad_sample_is_named_and_replaced_by_the_next(tmp_path, monkeypatch, k
 
     def opened():
         if form == "folder":
-            return open_data("flux-dev", str(write_folder(tmp_path / "x", samples)), SIZE, 0)
+            return open_data(str(write_folder(tmp_path / "x", samples)), SIZE, 0)
         members = [
             (f"{n:03d}.{suffix}", part)
             for n, sample in enumerate(samples)
             for suffix, part in zip(("png", "txt"), sample, strict=True)
         ]
-        return open_data("flux-dev", str(write_tar(tmp_path / "y" / "0.tar", members)), SIZE, 0)
+        return open_data(str(write_tar(tmp_path / "y" / "0.tar", members)), SIZE, 0)
 
     whole = opened()(range(COUNT)).captions
     samples[7] = damaged(kind)
@@ -475,7 +475,7 @@ def test_a_bad_sample_is_named_and_replaced_by_the_next(tmp_path, monkeypatch, k
 
 def folder_with_bad(folder, count: int, places: list[int]):
     """A data set of `count` samples, of which those at these places of the first epoch are bad."""
-    data = open_data("flux-dev", str(write_folder(folder, good(count))), SIZE, 0)
+    data = open_data(str(write_folder(folder, good(count))), SIZE, 0)
     for place in places:
         Path(data.source.name(data.epochs.item(place))).write_bytes(damaged("truncated")[0])
     return data
@@ -507,9 +507,9 @@ def test_where_all_is_bad_the_run_stops_at_once(tmp_path):
     """One sample, less than are needed for a share; and a hundred, of which six are read."""
     one = str(write_folder(tmp_path / "one", [damaged("no image")]))
     with pytest.raises(ValueError, match=r"no sample can be read: .*000\.png"):
-        open_data("flux-dev", one, SIZE, 0)([0])
+        open_data(one, SIZE, 0)([0])
     many = str(write_folder(tmp_path / "many", [damaged("empty image")] * 100))
-    data = open_data("flux-dev", many, SIZE, 0)
+    data = open_data(many, SIZE, 0)
     with pytest.raises(ValueError, match="6 of 6 samples are bad.* and 1 more"):
         data([0])
     assert len(data.bad) == 6
@@ -519,7 +519,7 @@ def test_bad_samples_keep_the_shape_of_their_batch(tmp_path):
     data = bucketed(tmp_path)
     paths = sorted((tmp_path / "x").glob("*.png"))
     paths[4].write_bytes(b"gone")
-    data = open_data("flux-dev", str(tmp_path / "x"), (256, 256), 0, buckets=True, batch=4)
+    data = open_data(str(tmp_path / "x"), (256, 256), 0, buckets=True, batch=4)
     captions = sum((data(batch_ids(step, 4)).captions for step in range(8)), [])
     assert set(captions) == {f"sample {n}" for n in range(30)} - {"sample 4"}
     assert list(data.bad) == [str(paths[4])]
@@ -659,7 +659,7 @@ def test_what_data_cannot_be_is_said_in_one_line(tmp_path):
     }
     for name, words in refused.items():
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            open_data("flux-dev", str(tmp_path / name), SIZE, 0)
+            open_data(str(tmp_path / name), SIZE, 0)
         said = str(error.value)
         assert name.split("/")[0] in said and "\n" not in said
         for word in words:
@@ -669,9 +669,9 @@ def test_what_data_cannot_be_is_said_in_one_line(tmp_path):
 def test_crop_and_bucket_sizes_are_checked(tmp_path):
     path = str(write_folder(tmp_path / "x", good(1)))
     with pytest.raises(ValueError, match='--crop is "middle"; choose from centre, random'):
-        open_data("flux-dev", path, SIZE, 0, crop="middle")
+        open_data(path, SIZE, 0, crop="middle")
     with pytest.raises(ValueError, match="--size 16 16: .* multiples of 64"):
-        open_data("flux-dev", path, SIZE, 0, buckets=True)
+        open_data(path, SIZE, 0, buckets=True)
 
 
 def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
@@ -682,10 +682,10 @@ def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
     members = [("a.png", image), ("b.png", image), ("b.txt", b"one"), ("c.txt", b"alone")]
     tar = write_tar(tmp_path / "y" / "0.tar", members)
     for place, left in ((path, 2), (tar, 1)):
-        data = open_data("flux-dev", str(place), SIZE, 0)
+        data = open_data(str(place), SIZE, 0)
         assert len(data.source) == left
         assert data.bad == {str(place): "1 images without a caption"} and data.remark()
     with pytest.raises(
         ValueError, match="holds no image with a caption; .*0.tar: 1 images without"
     ):
-        open_data("flux-dev", str(write_tar(tar, members[:1])), SIZE, 0)
+        open_data(str(write_tar(tar, members[:1])), SIZE, 0)

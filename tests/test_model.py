@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from digits.words import SceneText
-from model import SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig, attention
+from model import MMDiT, MMDiTConfig, attention
 from nets.vae import VAE, VAES
 from nets.weights import load_weights, read_metadata, save_weights
 from schedule import Flow, guided
@@ -27,7 +27,7 @@ from teachers import find, load_student
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."
-OFFICIAL_SIZES = {"large": SD35_LARGE, "medium": SD35_MEDIUM}
+OFFICIAL_SIZES = {name: find(f"sd35-{name}").sizes.denoiser for name in ("large", "medium")}
 TINY = {  # every kind of block
     "large": MMDiTConfig(2, 4, 12, 2, 2, context_width=8, pooled_width=6, table=5),
     "medium": MMDiTConfig(2, 4, 12, 3, 2, context_width=8, pooled_width=6, table=5, dual_blocks=1),

@@ -20,11 +20,10 @@ from PIL import Image
 from small import SMALL, embedded, make_official
 
 import teachers
-from dataset.sources import open_data
 from digits.words import SceneText
 from dmd import fake_loss
 from engine import checkpoint, ranks
-from engine.build import count_trained
+from engine.build import count_trained, open_training_data
 from ida import ida_update
 from nets.weights import digest
 from schedule import Rng
@@ -48,7 +47,7 @@ def follow(out: Path | None, teacher: str, **flags) -> dict:
     """Some iterations; what came of them, also saved to `out` by rank 0: losses and all weights."""
     cfg = configure(teacher, ttur=2, lr_warmup=0, **flags)
     nets = build_nets(cfg, CPU)
-    opts, data = build_learners(nets, cfg), open_data(cfg.teacher, cfg.data, cfg.size, cfg.seed)
+    opts, data = build_learners(nets, cfg), open_training_data(cfg, find(cfg.teacher))
     logs = []
     for step in range(cfg.steps):
         ids = ids_of(cfg, step)
@@ -259,7 +258,7 @@ def everything(out: Path) -> dict:
     last = max(out.glob("checkpoints/step-????????"))
     cfg = configure(disc_channels=16)
     nets = build_nets(cfg, CPU)
-    opts = {name: opt.optimizer for name, opt in build_learners(nets, cfg).items()}
+    opts = {name: opt.optimizers for name, opt in build_learners(nets, cfg).items()}
     saved = {"student": nets.student, "fake": nets.fake, "disc": nets.disc.heads, "ema": nets.ema}
     state = checkpoint.state_of(saved, opts)
     with checkpoint.quiet():

@@ -23,12 +23,13 @@ from teachers import configure, find
 SIZE = (96, 64)  # rectangular
 WIDER = flux(guidance=True)
 WIDER = replace(WIDER, denoiser=replace(WIDER.denoiser, width=72, heads=4, axes=(2, 8, 8)))
+WIDER = find("flux-dev").resized(WIDER)
 
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    for teacher, networks in (SMALL | {"flux-dev": WIDER}).items():
-        monkeypatch.setitem(teachers.NETWORKS, teacher, networks)
+    for teacher, family in (SMALL | {"flux-dev": WIDER}).items():
+        monkeypatch.setitem(teachers.FOUND, teacher, family)
 
 
 def setup(teacher, **flags):
@@ -40,16 +41,16 @@ def setup(teacher, **flags):
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     vae, disc = made["VAE"][0].to(frozen), made["disc"][0]
     disc.backbone.to(frozen)
-    nets = train.Nets(student, fake, real.to(frozen), disc, vae, student)
+    nets = train.Nets(find(teacher), student, fake, real.to(frozen), disc, vae, student)
     opts = train.build_learners(nets, cfg)
-    cond, uncond = (plan.conditioning(teacher, 2, frozen) for _ in range(2))
+    cond, uncond = (plan.conditioning(find(teacher), 2, frozen) for _ in range(2))
     batch = train.Batch(
         range(2),
         torch.rand(2, 3, *SIZE) * 2 - 1,
         torch.randn(2, *find(teacher).latent_shape(SIZE)),
         cond,
         uncond if find(teacher).uses_null else None,
-        torch.randn(2, plan.text_width(teacher)),
+        torch.randn(2, find(teacher).embedding_width()),
     )
     return cfg, nets, opts, batch
 
@@ -183,7 +184,7 @@ def test_the_planned_peak_is_that_of_a_real_iteration(teacher, flags):
     parts = [nets.student, nets.fake, nets.teacher, nets.vae, nets.disc]
     given = [batch.images, batch.x0_real, batch.text, *batch.cond.values()]
     given += [] if batch.uncond is None else batch.uncond.values()
-    tracker.track_external(*parts, *given, *(opt.optimizer for opt in opts.values()))
+    tracker.track_external(*parts, *given, *(o for opt in opts.values() for o in opt.optimizers))
     run(step, cfg, nets, opts, batch, tracker)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     measured = costs_of(cfg)

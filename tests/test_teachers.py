@@ -22,6 +22,7 @@ import sample
 import teachers
 import train
 from dataset.sources import open_data
+from engine.build import open_training_data
 from schedule import DDPM, Flow, resolution_shift
 from teachers import configure, find
 
@@ -250,7 +251,7 @@ def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
     nets = train.build_nets(cfg, torch.device("cpu"))
     read = []
     nets.text.register_forward_pre_hook(lambda _, given: read.extend(given[0]))
-    data = open_data(teacher, cfg.data, cfg.size, 0)
+    data = open_training_data(cfg, find(cfg.teacher))
     ids = train.ids_of(cfg, 0)
     batch = train.load_batch(ids, data(ids), nets, cfg, torch.device("cpu"))
     assert len(read) == 2 and "" not in read
@@ -332,10 +333,11 @@ def test_the_fake_score_learns_with_the_weights_that_ida_made(folder, pictures):
     cfg = dataclasses.replace(cfg, batch=2, ida_decay=0.0, lr=0.1, lr_fake=0.0, lr_warmup=0)
     nets = train.build_nets(cfg, torch.device("cpu"))
     opts, ids = train.build_learners(nets, cfg), train.ids_of(cfg, 0)
-    data = open_data("sd15", cfg.data, cfg.size, 0)
+    data = open_data(cfg.data, cfg.size, 0)
     batch = train.load_batch(ids, data(ids), nets, cfg, torch.device("cpu"))
     with train.precision(cfg, nets, torch.device("cpu")):
-        draw = train.draw_student(batch, nets, cfg, False, partial(train.Rng, cfg.seed, 0))
+        with torch.no_grad():
+            draw = train.draw_student(batch, nets, cfg, partial(train.Rng, cfg.seed, 0))
         log = train.train_step(0, batch, nets, opts, cfg)
         torch.clear_autocast_cache()
         rng = train.Rng(cfg.seed, 0, "fake", ids)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import SD35_LARGE, SD35_MEDIUM
 from nets.clip import (
     CLIP,
     CLIP_G,
@@ -40,6 +39,7 @@ from nets.text import (
     token_ids,
 )
 from nets.weights import read_metadata
+from teachers import find
 from teachers.sd35 import T5_TOKENS
 
 HERE = Path(__file__).parent
@@ -504,7 +504,8 @@ def test_sd35s_context_has_the_official_size_without_t5(encoders):
     """77 tokens of CLIP's and 256 of T5's, as wide as T5-XXL, which is what both networks take."""
     assert SD35Text(*encoders[0])(["a cat"])["context"].shape == (1, 77 + 256, 4096)
     assert T5_TOKENS == 256
-    for cfg in (SD35_LARGE, SD35_MEDIUM):
+    for name in ("large", "medium"):
+        cfg = find(f"sd35-{name}").sizes.denoiser
         assert cfg.context_width == T5_XXL.width == 4096
         assert cfg.pooled_width == CLIP_L.width + CLIP_G.width == 2048
 

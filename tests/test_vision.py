@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import nn
 
+from digits import ASSETS
 from measure.scorers import SCORERS
 from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, CLIPConfig, quick_gelu, to_open_clip
 from nets.text import token_ids
 from nets.vision import (
-    ASSETS,
     CLIP_OPEN_TEXT,
     CLIP_OTHERS,
     CLIP_VIT_GIANT,

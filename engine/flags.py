@@ -1,0 +1,300 @@
+"""The flags of every command, apart from what the command does: they are read without torch.
+
+    train_arguments      a flag for each field of Config, those of the plan, and switches
+    sample_arguments, evaluate_arguments, bench_arguments, ablation_arguments, pretrain_arguments
+
+Each takes the command's docstring and returns what was given; --help, and what cannot be, end here.
+A command that is run asks twice: on its first line, to answer before seconds of imports, and in
+main, which tests call too.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from config import (
+    AMOUNT,
+    ANY,
+    COUNT,
+    POSITIVE,
+    Choice,
+    Config,
+    Parser,
+    Range,
+    flag,
+    near,
+    refuse,
+    shown,
+)
+from teachers import FAMILIES, configure, find, names
+
+HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
+KINDS = {  # of the ablation's runs: title, flags of train.py
+    "dmd": ("DMD", "--no-ida --no-isg --no-gan"),
+    "ida": ("DMD + IDA", "--no-isg --no-gan"),
+    "isg": ("DMD + ISG", "--no-ida --no-gan"),
+    "gan": ("DMD + discriminator", "--no-ida --no-isg"),
+    "no-gan": ("DMD + IDA + ISG", "--no-gan"),
+    "no-isg": ("DMD + IDA + discriminator", "--no-isg"),
+    "no-ida": ("DMD + ISG + discriminator", "--no-ida"),
+    "all": ("all three", ""),
+    "two": ("trained for 2 steps", "--student-steps 2"),
+    "one": ("trained for 1 step", "--student-steps 1"),
+    "slow": ("slow fake score: DMD", "--no-ida --no-isg --no-gan --lr-fake 1e-4"),
+    "slow-ida": ("slow fake score: DMD + IDA", "--no-isg --no-gan --lr-fake 1e-4"),
+    "slow-no-ida": ("slow fake score: all but IDA", "--no-ida --lr-fake 1e-4"),
+    "slow-all": ("slow fake score: all three", "--lr-fake 1e-4"),
+}
+
+
+# --- train.py ------------------------------------------------------------------------------------
+
+SWITCHES = {  # parts of the method, and what turns them off
+    "ida_decay": ("--no-ida", 1.0),
+    "w_isg": ("--no-isg", 0.0),
+    "w_gan": ("--no-gan", 0.0),
+}
+
+
+def train_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
+    """The resolved configuration, and all arguments."""
+    parser = Parser(description=about, usage="%(prog)s [--FLAG VALUE ...]", add_help=False, **HOW)
+    fields = add_fields(parser)
+    call = parser.add_argument_group("this call alone")
+    help = "start anew where --out holds another run"
+    call.add_argument("--overwrite", action="store_true", help=help)
+    help = "print bytes per GPU and FLOPs of an iteration, load nothing; exit code 1: does not fit"
+    call.add_argument("--plan", action="store_true", help=help)
+    help = "of the plan (default: 8)"
+    call.add_argument("--gpus", type=int, default=8, may=COUNT, metavar="INT", help=help)
+    help, how = "of the plan, GB (10^9 bytes) of each (default: 80)", {"metavar": "FLOAT"}
+    call.add_argument("--gpu-memory", type=float, default=80.0, may=POSITIVE, help=help, **how)
+    help = "this text, with the defaults of the --teacher and --student-steps beside it"
+    call.add_argument("--help", "-h", action="store_true", help=help)
+    given = parser.parse_args()
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(Config)}
+    flags = {name: value for name, value in values.items() if value is not None}
+    try:
+        if given.help:
+            fewer = given.student_steps in find(given.teacher).fewer
+            steps = {"student_steps": given.student_steps} if fewer else {}
+            for name, value in vars(configure(given.teacher, **steps)).items():
+                fields[name].help += f" (default: {shown(value)})"
+            parser.print_help()
+            parser.exit()
+        return configure(**flags), given
+    except ValueError as error:
+        refuse(error)
+
+
+def add_fields(parser: Parser) -> dict[str, argparse.Action]:
+    """A flag for each field of Config, in its group; None: not given. By field."""
+    flags = {}
+    for field in dataclasses.fields(Config):
+        name, kind, about = flag(field.name), field.type, field.metadata
+        if about["group"]:
+            group = parser.add_argument_group(about["group"])
+        options = {"default": None, "help": about["help"].replace("%", "%%")}
+        if field.name == "teacher":
+            options["default"] = "digits"
+            options["help"] += f": {', '.join(names())}, or a file of your own, mine.py"
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            flags[field.name] = group.add_argument(name, action=action, **options)
+            continue
+        if kind not in (int, float, str):  # a tuple
+            kind, *rest = kind.__args__
+            options["nargs"] = "*" if rest[-1] is Ellipsis else 1 + len(rest)
+        if not isinstance(about["may"], Choice):
+            options["metavar"] = kind.__name__.upper()
+        flags[field.name] = group.add_argument(name, type=kind, may=about["may"], **options)
+        if field.name in SWITCHES:
+            switch, off = SWITCHES[field.name]
+            how = {"dest": field.name, "action": "store_const", "const": off}
+            group.add_argument(switch, help=f"the same as {name} {off:g}", **how)
+    return flags
+
+
+# --- the other commands --------------------------------------------------------------------------
+
+
+def sample_arguments(about: str | None) -> argparse.Namespace:
+    parser = Parser(description=about, **HOW)
+    parser.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
+    known = ", ".join(names(trained=False))
+    teacher = f"a teacher itself: {known}, or mine.py (which beside --checkpoint names its teacher)"
+    parser.add_argument("--teacher", help=teacher)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what to draw")
+    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    steps = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
+    parser.add_argument("--steps", type=int, may=COUNT, help=steps)
+    sampler = "default: x0, euler for a teacher"
+    parser.add_argument("--sampler", may=SAMPLER, help=sampler)
+    guidance = "default: none, a teacher's own for a teacher"
+    parser.add_argument("--guidance", type=float, may=AMOUNT, help=guidance)
+    parser.add_argument("--negative", default="", help="negative prompt, where guidance takes one")
+    add_size(parser, "what the teacher was made for")
+    seed = "one image of each prompt per seed"
+    parser.add_argument("--seed", type=int, may=ANY, nargs="+", default=[0], help=seed)
+    batch = "images at a time; default: 64 digits, else 1"
+    parser.add_argument("--batch", type=int, may=COUNT, help=batch)
+    parser.add_argument("--weights", default="", help="folder of the official files")
+    without = "SD 3.5: read prompts without T5, which need not be there then"
+    parser.add_argument("--no-t5", action="store_true", help=without)
+    parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    scale = "enlargement; default: 1, the embedded task 8"
+    parser.add_argument("--scale", type=int, may=COUNT, help=scale)
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
+    given = parser.parse_args()
+    try:
+        if given.teacher:
+            find(given.teacher)
+        elif not given.checkpoint:
+            raise ValueError("one of --checkpoint and --teacher is needed: who shall draw?")
+        if given.out.suffix.lower() != ".png":
+            name = f"--out {given.out}"
+            raise ValueError(f"{name}: images are written as PNG; give a name that ends in .png")
+    except ValueError as error:
+        refuse(error)
+    return given
+
+
+def evaluate_arguments(about: str | None) -> argparse.Namespace:
+    parser = Parser(description=about, **HOW)
+    student = "a student saved by train.py"
+    parser.add_argument("--student", type=Path, required=True, help=student)
+    teacher = f"{', '.join(names())}, a file of its denoiser, or mine.py; default: the student's"
+    parser.add_argument("--teacher", help=teacher)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    data = "the captions of these images, or prompts; as for train.py"
+    what.add_argument("--data", help=f"{data} (default: data; the embedded task: its exam)")
+    steps = "the student's numbers of steps; default: 1,2,4,8"
+    parser.add_argument("--steps", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help=steps)
+    steps = "of the teacher's images that others are held against; default: 50"
+    parser.add_argument("--teacher-steps", type=int, may=COUNT, default=50, help=steps)
+    parser.add_argument("--sampler", may=SAMPLER, help="the student's; default: its own")
+    guidance = "the teacher's; default: its own"
+    parser.add_argument("--guidance", type=float, may=AMOUNT, help=guidance)
+    count = "images each teacher and student draws; default: 5000, the embedded task's exam 2816"
+    # torchrun takes --n for one of its own.
+    parser.add_argument("--n", "--images", type=int, may=COUNT, metavar="N", help=count)
+    each = "images of each prompt; default: 1, or what it takes for --n; the exam 8"
+    parser.add_argument("--per-prompt", type=int, may=COUNT, help=each)
+    seed = "of the images' noise; default: 1"
+    parser.add_argument("--seed", type=int, may=ANY, default=1, help=seed)
+    add_size(parser, "the student's")
+    batch = "images at a time; default: 256 digits, else 1"
+    parser.add_argument("--batch", type=int, may=COUNT, help=batch)
+    parser.add_argument("--weights", default="", help="folder of the official files")
+    parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
+    for title, repo, file in (
+        ("CLIP-g", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.safetensors"),
+        ("CLIP-H", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
+        ("PickScore", "yuvalkirstain/PickScore_v1", "model.safetensors"),
+        ("HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    ):
+        weights = f"its weights, adds {title}; {file} of {repo}"
+        parser.add_argument(f"--{title.lower()}", type=Path, metavar="FILE", help=weights)
+    resamples = "of the bootstrap; default: 50"
+    parser.add_argument("--resamples", type=int, may=Range(low=2), default=50, help=resamples)
+    out = "folder of images and results; default: evaluation/ beside the student"
+    parser.add_argument("--out", type=Path, help=out)
+    given = parser.parse_args()
+    try:
+        if given.teacher and not denoiser_file(given.teacher):
+            find(given.teacher)
+    except ValueError as error:
+        refuse(error)
+    return given
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4)."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = (0,)
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" is no list of step numbers such as 1,2,4,8')
+    return tuple(dict.fromkeys(values))
+
+
+def denoiser_file(teacher: str | None) -> Path | None:
+    """--teacher as a file of weights, and not a name or a Python file. ValueError."""
+    if teacher is None or teacher in FAMILIES or teacher.endswith(".py"):
+        return None
+    if not Path(teacher).is_file():
+        known = f"choose from {', '.join(names())}{near(teacher, names())}"
+        raise ValueError(f'unknown teacher "{teacher}": no file; {known}')
+    return Path(teacher)
+
+
+def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
+    """The preset with what of it was given, and all arguments."""
+    parser = Parser(description=about, **HOW)
+    teacher = f"whose preset is timed: {', '.join(names())}, or mine.py; default: digits"
+    parser.add_argument("--teacher", default="digits", help=teacher)
+    add_size(parser, "the preset's")
+    batch = "samples; default: the preset's"
+    parser.add_argument("--batch", type=int, may=COUNT, help=batch)
+    scale, may = "of all networks' widths; default: 1", Range(above=0, high=4)
+    parser.add_argument("--width-scale", type=float, may=may, default=1.0, help=scale)
+    depth = "of the denoiser; default: 0, as it is"
+    parser.add_argument("--depth", type=int, may=AMOUNT, default=0, help=depth)
+    channels = "as in train.py; default: 0"
+    parser.add_argument("--disc-channels", type=int, may=AMOUNT, default=0, help=channels)
+    recompute = "as in train.py; default: the preset's"
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help=recompute)
+    iterations = "timed, of each thing; default: 3"
+    parser.add_argument("--iterations", type=int, may=COUNT, default=3, help=iterations)
+    parser.add_argument("--compile", action="store_true", help="time compiled blocks too")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    given = parser.parse_args()
+    flags = {name: getattr(given, name) for name in ("size", "batch", "recompute", "disc_channels")}
+    try:
+        if given.out and not given.out.parent.is_dir():
+            raise ValueError(f"--out {given.out}: there is no folder {given.out.parent}")
+        flags = {name: value for name, value in flags.items() if value is not None}
+        return configure(given.teacher, **flags), given
+    except ValueError as error:
+        refuse(error)
+
+
+def ablation_arguments(about: str | None) -> argparse.Namespace:
+    kinds = "\n".join(
+        f"  {name:12}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
+    )
+    parser = Parser(description=about, epilog=f"kinds and their flags:\n{kinds}", **HOW)
+    kinds, every = Choice(tuple(KINDS)), f"any of {', '.join(KINDS)}; default: all of them"
+    parser.add_argument(
+        "--kinds", nargs="+", may=kinds, default=list(KINDS), metavar="KIND", help=every
+    )
+    seeds = "default: 0 1 2"
+    parser.add_argument("--seeds", type=int, may=ANY, nargs="+", default=[0, 1, 2], help=seeds)
+    steps = "iterations of a run; default: the preset's"
+    parser.add_argument("--steps", type=int, may=COUNT, help=steps)
+    jobs, cores = "runs at once; default: {}, the number of cores", os.cpu_count()
+    parser.add_argument("--jobs", type=int, may=COUNT, default=cores, help=jobs.format(cores))
+    out = Path("runs/ablation")
+    parser.add_argument("--out", type=Path, default=out, help=f"default: {out}")
+    given = parser.parse_args()
+    if "RANK" in os.environ:
+        refuse("torchrun is not needed; --jobs runs several at once")
+    return given
+
+
+def pretrain_arguments(about: str | None) -> argparse.Namespace:
+    parser = Parser(description=about, **HOW)
+    which = Choice(("all", "judge", "backbone", "teacher", "samples"))
+    parser.add_argument("which", nargs="?", default="all", may=which, help="default: all")
+    return parser.parse_args()
+
+
+def add_size(parser: Parser, default: str) -> None:
+    sides, help = ("HEIGHT", "WIDTH"), f"of the images, pixels; default: {default}"
+    parser.add_argument("--size", type=int, may=COUNT, nargs=2, metavar=sides, help=help)

@@ -1,0 +1,75 @@
+"""What one sees of a run: three lines at its beginning, then one line that moves.
+
+header     whose student, on what, where
+Progress   iterations, time to go, and the losses; a student's stay in sight between its turns
+"""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config import Config
+from engine import ranks
+from engine.build import Nets, anchors
+
+SMOOTH = 0.9  # of the losses shown, the share that stays from turn to turn
+
+
+def header(
+    cfg: Config, nets: Nets, out: Path, first: int, data: str, device: torch.device
+) -> list[str]:
+    """first: the step that comes next; data: of what is learned."""
+    taus = ", ".join(f"{tau:.3g}" for tau in anchors(cfg, nets.student.schedule))
+    trained = {name: sum(p.numel() for p in net.parameters() if p.requires_grad)
+               for name, net in nets.trained().items()}  # fmt: skip
+    counts = ", ".join(f"{name} {n:,}" for name, n in trained.items() if n)
+    parts = {"IDA": cfg.ida_decay < 1, "ISG": cfg.w_isg > 0, "discriminator": cfg.w_gan > 0}
+    used = " + ".join(["DMD", *(name for name, on in parts.items() if on)])
+    where = f"steps {first} to {cfg.steps}" if first else f"{cfg.steps} steps"
+    state = "continuing" if first else "new"
+    return [
+        f"{nets.family.name} -> a student of {cfg.student_steps} steps (at {taus}) by {used}; "
+        f"trained weights: {counts}",
+        f"{machines(device)}, {cfg.batch} x {cfg.accumulate} x {ranks.world()} samples an "
+        f"iteration of {data}, {'bf16' if cfg.bf16 else 'fp32'}, {shared(nets)}",
+        f"{out}: {state}, {where}; log.csv grows there, with pictures every {cfg.exam_every} and "
+        f"checkpoints every {cfg.save_every} iterations",
+    ]
+
+
+def machines(device: torch.device) -> str:
+    """The device of this rank, and GPUs of this machine that no rank uses."""
+    world = ranks.world()
+    if device.type != "cuda":
+        many = f"{world} ranks" if world > 1 else "one process"
+        return f"CPU, {many}, {torch.get_num_threads()} threads each"
+    idle = torch.cuda.device_count() - ranks.local_world()
+    note = f" ({idle} more stand idle: torchrun --nproc_per_node N uses them)" if idle > 0 else ""
+    return f"{world} x {torch.cuda.get_device_name(device)}{note}"
+
+
+def shared(nets: Nets) -> str:
+    if not ranks.is_shared(nets.student):
+        return "networks whole"
+    return f"networks in {ranks.shards_of(nets.student)} shards"
+
+
+class Progress(tqdm):
+    """tqdm's line; `show` takes what train_step returned."""
+
+    def __init__(self, cfg: Config, first: int, names: list[str]):
+        hidden = ranks.rank() > 0
+        super().__init__(total=cfg.steps, initial=first, desc="train", disable=hidden)
+        self.names, self.seen = names, {}
+
+    def show(self, values: dict[str, float]) -> None:
+        """Losses that this turn has not keep their last, smoothed value, so the line keeps its
+        width."""
+        for name in self.names:
+            if name in values:
+                before = self.seen.get(name, values[name])
+                self.seen[name] = SMOOTH * before + (1 - SMOOTH) * values[name]
+        shown = {name: f"{x:.3f}" for name, x in self.seen.items()}
+        self.set_postfix(dict(sorted(shown.items(), key=lambda p: self.names.index(p[0]))), False)
+        self.update()
