@@ -27,7 +27,7 @@ from config import (
     refuse,
     shown,
 )
-from teachers import FAMILIES, configure, find, names
+from teachers import configure, find, is_name, names
 
 HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
@@ -226,7 +226,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def denoiser_file(teacher: str | None) -> Path | None:
     """--teacher as a file of weights, and not a name or a Python file. ValueError."""
-    if teacher is None or teacher in FAMILIES or teacher.endswith(".py"):
+    if teacher is None or is_name(teacher):
         return None
     if not Path(teacher).is_file():
         known = f"choose from {', '.join(names())}{near(teacher, names())}"

@@ -400,6 +400,11 @@ def find(name: str) -> Teacher:
     return FOUND[name]
 
 
+def is_name(given: str) -> bool:
+    """Whether `find` is to be asked, and this is no file of weights."""
+    return given in FAMILIES or given.endswith(".py")
+
+
 def from_family(name: str) -> Teacher:
     if name not in FAMILIES:
         known = f"choose from {', '.join(names())}, or give a file, mine.py{near(name, FAMILIES)}"

@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_the_same_command_continues_a_run(command, place, run, tmp_path):
     (tmp_path / "run" / "student.safetensors").unlink()
     flags = flags_for(place, tmp_path / "run", "--save-every", 2, "--export", "full")
     code, out, err = command(train, *flags)
-    assert code == 0 and "at step 2 of 4" in out, err
+    assert code == 0 and "steps 2 to 4" in out, err
     for name in ("log.csv", "student.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes(), name
 
@@ -196,7 +197,7 @@ def test_without_a_discriminator_and_with_a_gpus_precision(command, place, tmp_p
     code, _, err = command(train, *flags_for(place, tmp_path / "run", *more))
     assert code == 0, err
     log = log_of(tmp_path / "run")
-    assert np.isnan(log["disc"]).all() and np.isfinite(log["fake"]).all()
+    assert "disc" not in log.dtype.names and np.isfinite(log["fake"]).all()
 
 
 def row(text, name):
@@ -205,13 +206,12 @@ def row(text, name):
     return [float(x) for x in re.findall(r"\d[\d.e+-]*", line.strip().removeprefix(name))]
 
 
-def test_the_plan_has_numbers_at_any_size(command, place):
-    """The preset's without a discriminator; all of the method, as on GPUs, rectangular."""
-    whole = ["--size", 16, 48, "--bf16", "--recompute", "--gpus", 2]
-    for more in (["--no-gan"], whole):
-        code, out, err = command(train, "--teacher", place / "mine.py", "--plan", *more)
-        assert code == 0 and out.startswith("mine, ") and "fits" in out, err
-        assert len(row(out, "sum")) == 3 and min(row(out, "sum")) > 0
+def test_the_plan_has_numbers(command, place):
+    """Of the whole method, as on GPUs, rectangular."""
+    flags = ["--teacher", place / "mine.py", "--plan", "--gpus", 2, "--size", 16, 48]
+    code, out, err = command(train, *flags, "--bf16", "--recompute")
+    assert code == 0 and out.startswith("mine, 16 x 48") and "fits" in out, err
+    assert len(row(out, "sum")) == 3 and min(row(out, "sum")) > 0
     assert min(row(out, "discriminator ")) > 0
 
 
@@ -323,14 +323,12 @@ def test_what_is_wrong_with_the_file_is_said_in_one_line(command, place, tmp_pat
 
 
 def test_what_fails_inside_the_file_keeps_its_traceback(command, tmp_path):
-    """Also an error of a kind that the commands' own refusals have."""
+    """Also an error of a kind that the commands' own refusals have or had."""
     file = tmp_path / "mine.py"
-    for line, kind in (("int('x')", ValueError), ("open('/nowhere')", OSError)):
+    for line in ("int('x')", "open('/nowhere')", "1 + ''", "import nowhere"):
         file.write_text(f"{line}\n")
-        with pytest.raises(RuntimeError, match=r"mine\.py") as caught:
-            command(train, "--teacher", file)
-        assert isinstance(caught.value.__cause__, kind)
-        assert caught.value.__cause__.__traceback__ is not None
-    file.write_text("1 + ''\n")
-    with pytest.raises(TypeError):
-        command(sample, "--teacher", file, "--prompt", "fox")
+        for module, more in ((train, []), (sample, ["--prompt", "fox"])):
+            with pytest.raises(Exception, match=r".") as caught:  # a refusal is a SystemExit
+                command(module, "--teacher", file, *more)
+            told = "".join(traceback.format_exception(caught.value))
+            assert f'"{file}", line 1' in told and line in told
