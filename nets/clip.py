@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nets.layers import per_head
+from nets.layers import attention, per_head
 from nets.weights import assign, read_weights
 
 CLIP_LENGTH = 77  # tokens, with the two special ones
@@ -54,8 +54,7 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (per_head(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.out_proj(attention(q, k, v, self.causal))
 
 
 class CLIPMLP(nn.Module):

@@ -1,6 +1,6 @@
 """What the networks share: attention, and numbers as waves.
 
-    attention        of every denoiser
+    attention        of every network but T5, whose scores have a bias
     per_head         channels cut into heads
     time_embedding   a time, or a size in pixels, as cosines and sines
 
@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, N, L, D / N), k and v (B, N, M, D / N) -> (B, L, D).
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """q (B, N, L, D / N), k and v (B, N, M, D / N) -> (B, L, D). causal: nothing sees what follows.
 
-    No mask and contiguous, so any fused kernel fits.
+    No mask and contiguous, so any fused kernel fits: all refuse a tensor whose channels lie apart,
+    and what is left keeps L x M scores.
     """
-    out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+    parts = (x.contiguous() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*parts, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
 

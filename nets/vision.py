@@ -27,6 +27,7 @@ from nets.clip import (
     load_open_clip,
     quick_gelu,
 )
+from nets.layers import attention
 from nets.text import clip_tokenizer, token_ids
 from nets.weights import load_weights, places
 
@@ -96,7 +97,7 @@ class ViTAttention(nn.Module):
         q, k, v = (
             self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim(2, 0).transpose(2, 3)
         )  # (B, N, L, D / N)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v))
 
 
 class ViTMLP(nn.Module):
