@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from schedule import uniform
+
 SLOPE = 0.2  # of the leaky ReLU
 EMBEDDING = 64  # width in which features meet the condition
 
@@ -241,8 +243,7 @@ def disc_loss(
 
 def draw(rng, low: float, high: float, like: Tensor) -> Tensor:
     """(B, 1, 1, 1), uniform, each sample from its own generator in rng.own."""
-    u = torch.stack([torch.rand((), generator=g) for g in rng.own])
-    return (low + (high - low) * u).to(like.device, like.dtype)[:, None, None, None]
+    return uniform(like, rng.own, low, high).to(like.dtype)[:, None, None, None]
 
 
 def augment_colour(image: Tensor, rng) -> Tensor:
@@ -258,9 +259,9 @@ def augment_translation(image: Tensor, rng, ratio: float = 0.125) -> Tensor:
     """By up to an eighth of the side, black (-1) behind: a random window of the padded image."""
     H, W = image.shape[-2:]
     far_h, far_w = round(ratio * H), round(ratio * W)
-    padded = F.pad(image, (far_w, far_w, far_h, far_h), value=-1.0)
-    tops, lefts = (draw(rng, 0, 2 * far + 1, image).long().flatten() for far in (far_h, far_w))
-    windows = zip(padded, tops.tolist(), lefts.tolist(), strict=True)
+    padded, host = F.pad(image, (far_w, far_w, far_h, far_h), value=-1.0), torch.empty(len(image))
+    ends = (uniform(host, rng.own, 0, 2 * far + 1) for far in (far_h, far_w))  # places it knows
+    windows = zip(padded, *(end.long().tolist() for end in ends), strict=True)
     return torch.stack([x[:, top : top + H, left : left + W] for x, top, left in windows])
 
 

@@ -10,8 +10,8 @@
 
 A denoiser is anything called as `net(x_t, t, cond)` that returns its prediction in the shape of x_t
 (B, C, H, W) and carries `net.schedule`. Time t is (B,) in [0, 1], 1 is noise, after any resolution
-shift. `cond` is a dict of tensors that this file never looks into. Knows nothing of devices, files,
-ranks or configuration.
+shift. `cond` is a dict of tensors that this file never looks into. Knows nothing of devices (but
+that nobody should wait for one), files, ranks or configuration.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from nets.layers import send
 
 Cond = dict[str, Tensor]
 
@@ -81,6 +83,7 @@ class DDPM:
         ends = (0.00085**0.5, 0.012**0.5)  # a table needs numbers, also inside a meta network
         betas = torch.linspace(*ends, 1000, dtype=torch.float64, device="cpu") ** 2
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)  # (1000,)
+        self.tables = {self.alpha_bar.device: self.alpha_bar}  # sent to each device once
 
     def warp(self, u: Tensor) -> Tensor:
         return u
@@ -97,8 +100,10 @@ class DDPM:
         return (t.double() * 1000).round().clamp(0, 999)
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        table = self.alpha_bar.to(t.device)[self.index(t).long()]
-        return torch.where(t > 0, table, torch.ones_like(table))
+        if t.device not in self.tables:
+            self.tables[t.device] = send(self.alpha_bar, t.device)
+        entry = self.tables[t.device][self.index(t).long()]
+        return torch.where(t > 0, entry, torch.ones_like(entry))
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._alpha_bar(t).sqrt().float()
@@ -260,7 +265,7 @@ def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
     """
     shape = (len(like) // len(generators), *like.shape[1:])
     rows = [torch.randn(shape, generator=g) for g in generators]
-    return torch.cat(rows).to(like.device, like.dtype)
+    return send(torch.cat(rows), like.device).to(like.dtype)
 
 
 def uniform(
@@ -268,8 +273,8 @@ def uniform(
 ) -> Tensor:
     """(B,) in fp32 for the rows of `like` (B, ...), shared out as in `normal`."""
     each = len(like) // len(generators)
-    u = torch.cat([torch.rand(each, generator=g) for g in generators]).to(like.device)
-    return low + (high - low) * u
+    u = torch.cat([torch.rand(each, generator=g) for g in generators])
+    return low + (high - low) * send(u, like.device)
 
 
 class Rng:

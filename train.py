@@ -107,7 +107,8 @@ def train_step(
         with ranks.whole_heads(disc.heads):
             disc.power_iteration()
         minimise("disc", disc_losses(), opts, step, cfg, log)
-    return {name: float(sum(values) / len(values)) for name, values in log.items()}
+    means = {name: sum(values) / len(values) for name, values in log.items()}
+    return dict(zip(means, torch.stack([*means.values()]).cpu().tolist(), strict=True))
 
 
 @dataclass
@@ -154,7 +155,7 @@ def draw_student(batch: Batch, nets: Nets, cfg: Config, rng_for: RngFor) -> Draw
     prediction = student(x_t, tau_start, batch.cond)
     x0, weight = schedule.x0(x_t, prediction, tau_start), omega(schedule, tau_start)
     draw = Draw(x0, x_t, prediction, tau_start, tau_end, weight)
-    if cfg.w_gan > 0 and bool(weight.any()):
+    if cfg.w_gan > 0 and omega(schedule, torch.tensor(taus[i])) > 0:  # the host knows
         draw.real, draw.reference, draw.text = real_features(batch, disc, cfg, rng_for)
         image = augment(nets.vae.decode(x0), cfg.disc_augment, rng_for("augment made", batch.ids))
         draw.made = disc.features(image)
@@ -233,14 +234,13 @@ def minimise(
         (loss / cfg.accumulate).backward()
         total = total + loss.detach()
     norm = ranks.whole(nn.utils.clip_grad_norm_(opt.parameters(), cfg.clip))
-    finite = bool(torch.isfinite(total)) and bool(torch.isfinite(norm))
-    sound = ranks.agree(finite, norm.device)
+    sound = ranks.agree(torch.isfinite(total) & torch.isfinite(norm), norm.device)
     if sound:
         opt.step(lr_factor(step, cfg))
         torch.clear_autocast_cache()  # its bf16 copies of weights that move here, and in IDA
     opt.zero_grad()
     note(log, f"norm_{name}", norm)
-    log["skipped"] = [sum(log["skipped"]) + (not sound)]  # of this step's networks, how many
+    log["skipped"] = [sum(log["skipped"]) + norm.new_full((), not sound)]  # networks of this step
     return sound
 
 

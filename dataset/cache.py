@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from config import Refusal
 from dataset.images import Pairs
+from nets.layers import send
 from nets.weights import open_weights
 
 SHARD = 256  # samples in a file: with FLUX's text 1 GiB
@@ -125,4 +126,4 @@ class Cache:
             file = self.open(path)
             names = file.keys()
             found.append({name: file.get_slice(name)[row : row + 1] for name in names})
-        return {name: torch.cat([row[name] for row in found]).to(device) for name in found[0]}
+        return {name: send(torch.cat([row[name] for row in found]), device) for name in found[0]}

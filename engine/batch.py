@@ -23,6 +23,7 @@ from config import Config, Refusal
 from dataset.ahead import batch_ids
 from dataset.cache import Cache, check_purpose, complete, write_cache
 from engine import ranks
+from nets.layers import send
 from nets.weights import open_weights
 from schedule import Cond
 from teachers import Teacher
@@ -63,36 +64,37 @@ def ids_of(cfg: Config, step: int) -> range:
 @torch.no_grad()
 def load_batch(ids: range, pairs, nets, cfg: Config, device: torch.device) -> Batch:
     """pairs: captions and images of these samples; nets: the frozen networks, see build.py."""
+    images = None if pairs.images is None else send(pairs.images, device)
     if nets.cache:
         rows = nets.cache.rows(pairs, device)
     else:
-        rows = frozen_rows(pairs, nets.text, nets.reader, nets.vae, cfg, device)
+        rows = frozen_rows(pairs, images, nets.text, nets.reader, nets.vae, cfg, device)
     cond = cond_of(rows)
     uncond = nets.family.null_for(nets.null, cond) if nets.null else None
-    if pairs.images is None:
+    if images is None:
         x0_real = torch.zeros(len(ids), *nets.family.latent_shape(cfg.size), device=device)
         return Batch(ids, None, x0_real, cond, uncond, None)
     x0_real = rows["latent"].to(device, torch.float32)
-    return Batch(ids, pairs.images.to(device), x0_real, cond, uncond, rows.get("reader"))
+    return Batch(ids, images, x0_real, cond, uncond, rows.get("reader"))
 
 
 def frozen_rows(
     pairs,
+    images: Tensor | None,
     text: nn.Module,
     reader: nn.Module | None,
     vae: nn.Module,
     cfg: Config,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Text and latents of a batch; what a cache keeps of it."""
-    sizes = uncropped(cfg.size) if pairs.sizes is None else pairs.sizes.to(device)
+    """Text and latents of a batch; what a cache keeps of it. images: those of pairs, on device."""
+    sizes = uncropped(cfg.size) if pairs.sizes is None else pairs.sizes
     cond = text(pairs.captions, device, sizes)
     rows = {f"cond.{name}": tensor for name, tensor in cond.items()}
     if reader:
         rows["reader"] = reader.embedding(pairs.captions, device)
-    if pairs.images is not None:
-        parts = pairs.images.to(device).split(cfg.batch)
-        rows["latent"] = torch.cat([vae.encode(part) for part in parts])
+    if images is not None:
+        rows["latent"] = torch.cat([vae.encode(part) for part in images.split(cfg.batch)])
     return rows
 
 
@@ -122,9 +124,13 @@ def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cach
         if family.uses_null and ranks.rank() == 0:
             null = text([""], device, uncropped(cfg.size))
             save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
-        around = (text, reader, vae, cfg, device)
         share = (ranks.rank(), ranks.world())
-        write_cache(folder, data, count, cfg.batch, lambda p: frozen_rows(p, *around), *share)
+
+        def compute(pairs) -> dict[str, Tensor]:
+            images = None if pairs.images is None else pairs.images.to(device)
+            return frozen_rows(pairs, images, text, reader, vae, cfg, device)
+
+        write_cache(folder, data, count, cfg.batch, compute, *share)
         ranks.barrier()
     return Cache(folder)
 

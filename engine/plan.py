@@ -32,6 +32,8 @@ import model
 from config import Config
 from discriminator import Discriminator, disc_loss, gan_loss
 from engine import ranks
+from nets.text import kept_buckets
+from nets.vision import per_channel
 from schedule import Cond, grid
 from teachers import Teacher, find
 
@@ -280,7 +282,7 @@ class Call:
 
 def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[str, Cost]:
     """Every call in `calls` and `loading`. cuda: with the dtypes of its autocast."""
-    model.kept_rotations.cache_clear()  # tables with memory and without do not mix
+    forget_tables()
     norms = norms_in_fp32() if cuda and cfg.bf16 else contextlib.nullcontext()
     try:
         # What autocast would cast is bf16 from the start, as sharding hands it out; `moments`
@@ -298,7 +300,13 @@ def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[s
             costs["student: all kept"] = measured(draw, student, True, backward=False)
             return alike(costs)
     finally:
-        model.kept_rotations.cache_clear()
+        forget_tables()
+
+
+def forget_tables() -> None:
+    """What networks keep for each device: tables with memory and without do not mix."""
+    for kept in (model.kept_rotations, per_channel, kept_buckets):
+        kept.cache_clear()
 
 
 def alike(found: dict) -> dict:

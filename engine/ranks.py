@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import Refusal, is_refusal, refuse
+from nets.layers import send
 
 TRAINED = 4 + 4 + 8  # bytes per trained weight in fp32: itself, its gradient, Adam's two moments
 SHARE = 0.5  # of a GPU's memory: if the trained weights need more on every rank, they are sharded
@@ -95,11 +96,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agree(yes: bool, device: torch.device) -> bool:
-    """True if it is true on every rank."""
+def agree(yes: bool | Tensor, device: torch.device) -> bool:
+    """True if it is true on every rank. Waits for the device."""
     if world() == 1:
-        return yes
-    votes = torch.tensor(int(yes), device=device)
+        return bool(yes)
+    votes = torch.zeros((), dtype=torch.int64, device=device) + yes
     dist.all_reduce(votes, op=dist.ReduceOp.MIN)
     return bool(votes)
 
@@ -107,9 +108,9 @@ def agree(yes: bool, device: torch.device) -> bool:
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     if world() == 1:
         return values
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    total = send(torch.tensor(list(values.values()), dtype=torch.float64), device)
     dist.all_reduce(total)
-    return dict(zip(values, (total / world()).tolist(), strict=True))
+    return dict(zip(values, (total / world()).cpu().tolist(), strict=True))
 
 
 def on_all_ranks(action: Callable) -> list:
@@ -294,7 +295,8 @@ def sync_gradients(net: nn.Module, last: bool) -> None:
 def recompute(net: nn.Module) -> None:
     """Each of net.blocks() is computed again in the backward pass, in place of being remembered."""
     for block in net.blocks():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        how = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
+        block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What the networks share: attention, and numbers as waves.
+"""What the networks share: attention, numbers as waves, and the way to the device.
 
     attention        of every network but T5, whose scores have a bias
     per_head         channels cut into heads
     time_embedding   a time, or a size in pixels, as cosines and sines
+    send             from the host's memory to the device, and nobody waits
 
 B batch, L tokens, D width, N heads.
 """
@@ -41,3 +42,13 @@ def time_embedding(t: Tensor, dim: int = 256) -> Tensor:
     )
     angles = t.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on `device`. From memory that cannot be swapped out, a GPU fetches it in
+    its own time, after the work it was given before; else the host would wait for that work.
+    """
+    if x.device.type != "cpu":
+        return x.to(device)
+    pinned = torch.device(device).type == "cuda"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)

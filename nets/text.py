@@ -17,6 +17,7 @@ trained on text that attends to it.
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from config import Refusal
 from nets.clip import CLIP, CLIP_LENGTH
-from nets.layers import per_head, time_embedding
+from nets.layers import per_head, send, time_embedding
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
@@ -138,6 +139,12 @@ def relative_buckets(length: int, buckets: int, furthest: int) -> Tensor:
     return half * (offset > 0) + torch.where(distance < exact, distance, far)
 
 
+@lru_cache(maxsize=8)
+def kept_buckets(length: int, buckets: int, furthest: int, device: torch.device) -> Tensor:
+    """`relative_buckets`, made for each length and device once."""
+    return send(relative_buckets(length, buckets, furthest), device)
+
+
 class T5Attention(nn.Module):
     def __init__(self, cfg: T5Config, first: bool):
         super().__init__()
@@ -199,8 +206,8 @@ class T5(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """(1, N, T, T), added to the attention scores of every block; the table is block 0's."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        buckets = relative_buckets(length, self.cfg.buckets, self.cfg.furthest)
-        return table(buckets.to(table.weight.device)).movedim(-1, 0)[None].contiguous()
+        where = (length, self.cfg.buckets, self.cfg.furthest, table.weight.device)
+        return table(kept_buckets(*where)).movedim(-1, 0)[None].contiguous()
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> the last block's output after the final norm (B, T, D)."""
@@ -239,7 +246,7 @@ class FluxText(nn.Module):
     def forward(
         self, captions: list[str], device: torch.device | str = "cpu", sizes=None
     ) -> dict[str, Tensor]:
-        return self.encode(*(ids.to(device) for ids in self.tokens(captions)))
+        return self.encode(*(send(ids, device) for ids in self.tokens(captions)))
 
 
 # --- SD 3.5 --------------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ class SD35Text(nn.Module):
     def forward(
         self, captions: list[str], device: torch.device | str = "cpu", sizes=None
     ) -> dict[str, Tensor]:
-        return self.encode(*(ids.to(device) for ids in self.tokens(captions)))
+        return self.encode(*(send(ids, device) for ids in self.tokens(captions)))
 
 
 # --- SDXL ----------------------------------------------------------------------------------------
@@ -348,8 +355,8 @@ class SDXLText(nn.Module):
         sizes: Tensor | tuple[int, ...] = SDXL_SIZES,
     ) -> dict[str, Tensor]:
         """sizes: (B, 6), or (6,) for all."""
-        sizes = torch.as_tensor(sizes).expand(len(captions), 6).to(device)
-        return self.encode(*(ids.to(device) for ids in self.tokens(captions)), sizes)
+        sizes = send(torch.as_tensor(sizes).expand(len(captions), 6), device)
+        return self.encode(*(send(ids, device) for ids in self.tokens(captions)), sizes)
 
 
 # --- SD 1.5 --------------------------------------------------------------------------------------
@@ -378,4 +385,4 @@ class SD15Text(nn.Module):
     def forward(
         self, captions: list[str], device: torch.device | str = "cpu", sizes=None
     ) -> dict[str, Tensor]:
-        return self.encode(self.tokens(captions).to(device))
+        return self.encode(send(self.tokens(captions), device))

@@ -7,8 +7,9 @@ CLIPText    the one that reads captions; L/14's is what the discriminator is tol
 B batch, L tokens, D width, N heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from nets.clip import (
     load_open_clip,
     quick_gelu,
 )
-from nets.layers import attention
+from nets.layers import attention, send
 from nets.text import clip_tokenizer, token_ids
 from nets.weights import load_weights, places
 
@@ -35,10 +36,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def standardise(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """image (B, 3, H, W) in [0, 1] -> mean 0 and deviation 1 over the training set, in fp32."""
-    shift, scale = (torch.tensor(x, device=image.device).reshape(3, 1, 1) for x in (mean, std))
+    shift, scale = (per_channel(x, image.device) for x in (mean, std))
     return (image.float() - shift) / scale
+
+
+@lru_cache(maxsize=16)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1), sent to each device once."""
+    return send(torch.tensor(values), device).reshape(3, 1, 1)
 
 
 # --- DINOv2 --------------------------------------------------------------------------------------
@@ -335,7 +342,7 @@ class CLIPText(nn.Module):
 
     @torch.no_grad()  # never trained
     def embedding(self, captions: list[str], device: torch.device | str = "cpu") -> Tensor:
-        return self.encode(token_ids(self.tokenizer, captions).to(device))
+        return self.encode(send(token_ids(self.tokenizer, captions), device))
 
 
 def load_tower(

@@ -163,7 +163,7 @@ def read_tensors(
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
     low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
-    if not (low.isfinite() and high.isfinite()):
+    if not low.isfinite() & high.isfinite():
         raise Refusal(
             f"{path}: {name} holds values that are not finite in {tensor.dtype}; "
             "fetch the file again"

@@ -18,12 +18,12 @@ GROUND = {"nets", "config", "schedule"}
 AROUND = GROUND | {"dataset", "measure", "digits", "engine.ranks", "engine.pictures"}
 ALLOWED = {
     "config": set(),
-    "schedule": set(),
+    "schedule": {"nets"},
     "nets": {"nets", "config"},  # of config what refuses
     "ida": set(),
     "dmd": {"schedule"},
     "isg": {"schedule"},
-    "discriminator": {"nets"},
+    "discriminator": {"nets", "schedule"},
     "model": GROUND,
     "engine.ranks": GROUND,
     "engine.checkpoint": {"engine.ranks"},
