@@ -27,6 +27,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ from nets.layers import send
 TRAINED = 4 + 4 + 8  # bytes per trained weight in fp32: itself, its gradient, Adam's two moments
 SHARE = 0.5  # of a GPU's memory: if the trained weights need more on every rank, they are sharded
 
+PATIENCE = timedelta(hours=2)  # of ranks with each other: one may load, fill a cache or export
+
 SHARED_STORE: list[dist.Store] = []  # of the process group, if there is one
 
 # --- ranks ---------------------------------------------------------------------------------------
@@ -68,7 +71,9 @@ def start() -> torch.device:
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if kept else "0"
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        how = {"device_id": torch.device("cuda", local)} if cuda else {}
+        how |= {"store": store, "rank": number, "world_size": count, "timeout": PATIENCE}
+        dist.init_process_group(backend, **how)
         SHARED_STORE[:] = [store]
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
