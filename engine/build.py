@@ -10,11 +10,14 @@ whole_net                  a denoiser that a rank can call alone
 
 import copy
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from config import Config, Refusal
 from dataset.cache import Cache
@@ -141,25 +144,15 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     mesh = ranks.choose_mesh(cfg.shard, count_trained(cfg, family, disc), device)
     if disc:
         ranks.shard_heads(disc.heads, mesh, device)
-    staging = ranks.staging_device(mesh, device)
-    student = family.load(cfg.shift, files["denoiser"], torch.float32, staging)
-    with torch.no_grad():
-        family.start(student)
-
-    def twin() -> nn.Module:
-        net = copy.deepcopy(student)
-        ranks.shard(net, mesh, device, cfg.bf16)
-        return net
-
+    load = partial(load_denoiser, cfg, family, files["denoiser"], device)
+    student = load(torch.float32, family.start, mesh)
+    twin = partial(load, torch.float32, family.start, mesh, student)
     fake, ema = twin(), twin().requires_grad_(False) if cfg.ema else student
-    ranks.shard(student, mesh, device, cfg.bf16)
     if cfg.recompute:
         ranks.recompute(student)
         ranks.recompute(fake)
     sharded = mesh if mesh and mesh.size(-1) > 1 else None  # a frozen network has no need of copies
-    staging = ranks.staging_device(sharded, device)
-    teacher = family.load(cfg.shift, files["denoiser"], frozen, staging).requires_grad_(False)
-    ranks.shard(teacher, sharded, device, cfg.bf16)
+    teacher = load(frozen, freeze, sharded)
     vae = family.load_vae(files, frozen, device)
     text = None if cache else family.load_text(files, frozen, device)
     reading = cfg.w_gan and not cache
@@ -172,6 +165,42 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     )
     null = read_null(cfg, family, text, device)
     return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, shown, null, cache)
+
+
+@torch.no_grad()
+def load_denoiser(
+    cfg: Config,
+    family: Teacher,
+    path: list[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[nn.Module], object],
+    mesh: DeviceMesh | None,
+    twin: nn.Module | None = None,
+) -> nn.Module:
+    """From the teacher's file, then prepared; or from a twin that is so already.
+
+    On a mesh it is cut as a form without memory, so `prepare` first says what of it is frozen; then
+    dealt out while it is read, or copied shard from shard.
+    """
+    if mesh is None:
+        if twin is not None:
+            return copy.deepcopy(twin)
+        net = family.load(cfg.shift, path, dtype, device)
+    else:
+        net = family.load(cfg.shift, path, dtype, torch.device("meta"))
+        prepare(net)
+        ranks.shard(net, mesh, device, cfg.bf16)
+        if twin is not None:
+            ranks.copy_shards(net, twin)
+            return net
+        ranks.deal(net, family.read(cfg.shift, path, dtype, device), device)
+    prepare(net)
+    return net
+
+
+def freeze(net: nn.Module) -> None:
+    net.requires_grad_(False)
 
 
 def encode_shown(cfg: Config, text, device: torch.device) -> dict[str, Cond] | None:
@@ -193,7 +222,8 @@ def build_disc(
 ) -> Discriminator:
     backbone = family.load_backbone(files, dtype, device)
     torch.manual_seed(generator(cfg.seed, "heads").initial_seed())
-    return Discriminator(backbone, family.embedding_width(), cfg.disc_channels).to(device)
+    with torch.device("meta" if ranks.rank() else "cpu"):  # rank 0 draws, alike on every machine
+        return Discriminator(backbone, family.embedding_width(), cfg.disc_channels)
 
 
 def build_learners(nets: Nets, cfg: Config) -> dict[str, Learner]:

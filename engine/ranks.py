@@ -2,7 +2,8 @@
 
     start, stop, rank, world          one process is a world of one; torchrun makes more
     choose_mesh                       whole copies on every rank, or shards, by size or by flag
-    shard, shard_heads                a network is loaded once and dealt out, tensor by tensor
+    shard, shard_heads                a network is cut into shards
+    deal, copy_shards                 its weights, from rank 0 tensor by tensor, or from a twin
     gather, whole_heads               and comes together again
     sync_gradients                    whether copies exchange their gradients in this backward pass
     agree, on_all_ranks               what all ranks must do alike
@@ -26,6 +27,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -47,6 +49,8 @@ from nets.layers import send
 TRAINED = 4 + 4 + 8  # bytes per trained weight in fp32: itself, its gradient, Adam's two moments
 SHARE = 0.5  # of a GPU's memory: if the trained weights need more on every rank, they are sharded
 
+PATIENCE = timedelta(hours=2)  # of ranks with each other: one may load, fill a cache or export
+
 SHARED_STORE: list[dist.Store] = []  # of the process group, if there is one
 
 # --- ranks ---------------------------------------------------------------------------------------
@@ -67,7 +71,9 @@ def start() -> torch.device:
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if kept else "0"
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        how = {"device_id": torch.device("cuda", local)} if cuda else {}
+        how |= {"store": store, "rank": number, "world_size": count, "timeout": PATIENCE}
+        dist.init_process_group(backend, **how)
         SHARED_STORE[:] = [store]
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
@@ -191,28 +197,23 @@ def wants_shards(weights: int, memory: float) -> bool:
     return TRAINED * weights > SHARE * memory
 
 
-def staging_device(mesh: DeviceMesh | None, device: torch.device) -> torch.device:
-    """Where a network is loaded that `shard` will deal out: the memory of rank 0's host."""
-    if mesh is None:
-        return device
-    return torch.device("cpu" if rank() == 0 else "meta")
-
-
-def shard(net: nn.Module, mesh: DeviceMesh | None, device: torch.device, bf16: bool) -> None:
-    """Block by block, then the rest. bf16: to compute in; the weights stay as they are."""
-    if mesh is not None:
-        shard_units(net, [*net.blocks(), net], mesh, device, torch.bfloat16 if bf16 else None)
+def shard(net: nn.Module, mesh: DeviceMesh, device: torch.device, bf16: bool) -> None:
+    """Block by block, then the rest, on `device` with weights not set. bf16: to compute in."""
+    shard_units(net, [*net.blocks(), net], mesh, device, torch.bfloat16 if bf16 else None)
 
 
 def shard_heads(heads: nn.ModuleList, mesh: DeviceMesh | None, device: torch.device) -> None:
-    """The discriminator's, which compute in fp32."""
-    if mesh is not None:
-        shard_units(heads, [*heads], mesh, device, None)
-        for head in heads:
-            register_fsdp_forward_method(head, "condition")
+    """The discriminator's, which compute in fp32; on the device whole, or rank 0's in shards."""
+    if mesh is None:
+        heads.to(device)
+        return
+    made = heads.state_dict()
+    shard_units(heads, [*heads], mesh, device, None)
+    deal(heads, iter(made.items()), device)
+    for head in heads:
+        register_fsdp_forward_method(head, "condition")
 
 
-@torch.no_grad()
 def shard_units(
     net: nn.Module,
     units: list[nn.Module],
@@ -220,13 +221,13 @@ def shard_units(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
-    """Shards each unit and sends the weights of rank 0, one tensor at a time.
+    """Shards each unit; the weights are not set.
 
     Networks cast their own inputs: times and rotary tables stay in fp32. A root keeps its weights
     together after a forward pass unless told, and IDA wants shards.
     """
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    state, shards = net.state_dict(), mesh.size(-1)
+    shards = mesh.size(-1)
 
     def placement(weight: nn.Parameter) -> Shard:
         """By rows; a table with a single one (SD 3.5's positions) by its entries."""
@@ -240,15 +241,34 @@ def shard_units(
     for unit in units:
         fully_shard(unit, **how, reshard_after_forward=True)
     net.to_empty(device=device)
-    for name, tensor in net.state_dict().items():
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+@torch.no_grad()
+def deal(net: nn.Module, tensors: Iterator[tuple[str, Tensor]], device: torch.device) -> None:
+    """Sets the weights of a network in shards, one tensor at a time; no rank ever has all of them.
+
+    tensors: by name in the order of `state_dict`, asked for by rank 0 alone.
+    """
+    for name, place in net.state_dict().items():
         if rank() == 0:
-            whole.copy_(state[name])
+            given, whole = next(tensors)
+            assert given == name, f"tensors come in the network's order: {given}, not {name}"
+            whole = whole.to(device, place.dtype)
+        else:
+            whole = torch.empty(place.shape, dtype=place.dtype, device=device)
         dist.broadcast(whole, src=0)
-        if isinstance(tensor, DTensor):
-            where = (tensor.device_mesh, tensor.placements)
+        if isinstance(place, DTensor):
+            where = (place.device_mesh, place.placements)
             whole = distribute_tensor(whole, *where, src_data_rank=None)
-        tensor.copy_(whole)
+        place.copy_(whole)
+
+
+@torch.no_grad()
+def copy_shards(net: nn.Module, other: nn.Module) -> None:
+    """Sets the weights of a network from one that is cut alike; ranks say nothing to each other."""
+    pairs = zip(net.state_dict().values(), other.state_dict().values(), strict=True)
+    for place, tensor in pairs:
+        place.copy_(tensor)
 
 
 def gather(net: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 load_weights    into a network built on any device, "meta" included; one file, or the shards of one
 save_weights    written beside the target and renamed, so a reader never sees half a file
 stream_weights  the same from tensors that come one at a time
+each_weight     the tensors of a network from its file, one at a time; for whoever deals them out
 merge_weights   the same into a copy of a file that holds other networks too
 safetensors_of   the copy of a file that torch.save wrote
 read_metadata, digest
@@ -16,7 +17,8 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -140,15 +142,15 @@ def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
                 )
 
 
-def read_tensors(
+def each_tensor(
     names: Collection[str], path: Path, dtype: torch.dtype, device: torch.device | str
-) -> dict[str, Tensor]:
-    """Tensors of one file, cast to `dtype`, finite.
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one file by name, cast to `dtype`, finite.
 
     Through many mappings: the pages of a mapping count as memory until it is closed. And copied, so
     that no tensor depends on a file that may be replaced.
     """
-    tensors, waiting = {}, list(reversed(names))
+    waiting = list(reversed(names))
     while waiting:
         with open_weights(path) as file:
             read = 0
@@ -156,9 +158,15 @@ def read_tensors(
                 name = waiting.pop()
                 stored = file.get_tensor(name)
                 read += stored.nbytes
-                tensors[name] = stored.to(device, dtype, copy=True)
-                check_finite(tensors[name], name, path)
-    return tensors
+                tensor = stored.to(device, dtype, copy=True)
+                check_finite(tensor, name, path)
+                yield name, tensor
+
+
+def read_tensors(
+    names: Collection[str], path: Path, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    return dict(each_tensor(names, path, dtype, device))
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
@@ -170,15 +178,16 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> None:
         )
 
 
-def read_weights(
+def stored_weights(
     wanted: Mapping[str, Tensor],
     path: Path | Sequence[Path],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
-) -> dict[str, Tensor]:
-    """The file's tensors, cast to `dtype`; its names and shapes must be those of `wanted`.
+) -> Iterator[tuple[str, Tensor]]:
+    """The file's tensors in the order of `wanted`, whose names and shapes they must have, cast to
+    `dtype`.
 
     path: a file, an index of shards, or a list of files. prefix: what precedes this network's names
     in a file that holds several networks; the others are not looked at. ignore: whole names, prefix
@@ -190,13 +199,23 @@ def read_weights(
     wanted = {prefix + name: tensor for name, tensor in wanted.items()}
     found = places(paths, prefix)
     compare_names(wanted, found.keys() - set(ignore), paths[0])
-    by_file = {file: [name for name in wanted if found[name] == file] for file in paths}
-    for file, names in by_file.items():
-        compare_forms({name: wanted[name] for name in names}, file)
-    tensors = {}
-    for file, names in by_file.items():
-        tensors |= read_tensors(names, file, dtype, device)
-    return {name.removeprefix(prefix): tensors[name] for name in wanted}
+    for file in paths:
+        compare_forms({name: wanted[name] for name in wanted if found[name] == file}, file)
+    for file, names in groupby(wanted, found.get):
+        for name, tensor in each_tensor(list(names), file, dtype, device):
+            yield name.removeprefix(prefix), tensor
+
+
+def read_weights(
+    wanted: Mapping[str, Tensor],
+    path: Path | Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prefix: str = "",
+    ignore: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """All of `stored_weights`."""
+    return dict(stored_weights(wanted, path, dtype, device, prefix, ignore))
 
 
 def as_named(name: str) -> tuple[str, ...]:
@@ -208,7 +227,7 @@ def share(shape: Sequence[int], count: int) -> Sequence[int]:
     return shape if count == 1 else (shape[0] // count, *shape[1:])
 
 
-def load_weights(
+def each_weight(
     net: nn.Module,
     path: Path | Sequence[Path],
     dtype: torch.dtype = torch.float32,
@@ -216,8 +235,8 @@ def load_weights(
     prefix: str = "",
     ignore: Collection[str] = (),
     stored: Callable[[str], tuple[str, ...]] = as_named,
-) -> nn.Module:
-    """Assigns each tensor of the file, cast to `dtype`; see `read_weights`.
+) -> Iterator[tuple[str, Tensor]]:
+    """The network's tensors by name, in its own order, cast to `dtype`; see `stored_weights`.
 
     stored: from a name of the network to the file's; of several, each holds an equal share of the
     rows.
@@ -229,10 +248,25 @@ def load_weights(
         for name in state
         for part in parts[name]
     }
-    read = read_weights(wanted, path, dtype, device, prefix, ignore)
+    tensors = stored_weights(wanted, path, dtype, device, prefix, ignore)
     for name in state:
-        pieces = [read.pop(part) for part in parts[name]]
-        assign(net, name, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        pieces = [tensor for _, tensor in islice(tensors, len(parts[name]))]
+        yield name, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def load_weights(
+    net: nn.Module,
+    path: Path | Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prefix: str = "",
+    ignore: Collection[str] = (),
+    stored: Callable[[str], tuple[str, ...]] = as_named,
+) -> nn.Module:
+    """Assigns each tensor of the file, all or none; see `each_weight`."""
+    read = list(each_weight(net, path, dtype, device, prefix, ignore, stored))
+    for name, tensor in read:
+        assign(net, name, tensor)
     return net
 
 

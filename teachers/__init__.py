@@ -20,7 +20,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,10 @@ class Teacher:
         raise NotImplementedError(f"{self.name} does not build its denoiser")
 
     def start(self, net: nn.Module) -> None:
-        """Makes of the teacher's network, in place, what student and fake score begin as."""
+        """Makes of the teacher's network, in place, what student and fake score begin as.
+
+        Where ranks share it, first of its form on the meta device, then of its shards.
+        """
 
     def load(
         self,
@@ -165,6 +168,19 @@ class Teacher:
         if torch.device(device).type == "meta":
             return net.to(dtype)
         return load_weights(net, path, dtype, device, self.prefix())
+
+    def read(
+        self, shift: float, path: Path | list[Path], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What `load` would assign, by name, one tensor at a time in the order of the network's
+        `state_dict`: so that no rank holds all of a network that ranks share.
+        """
+        import torch
+
+        from nets.weights import each_weight
+
+        net = self.load(shift, path, dtype, torch.device("meta"))
+        return each_weight(net, path, dtype, device, self.prefix())
 
     # --- what stands around it -------------------------------------------------------------------
 

@@ -81,8 +81,10 @@ def pull(out: Path | None, shard: str = "none") -> list[torch.Tensor]:
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
         parameter.data.add_(0.1 * noise)
     mesh = ranks.choose_mesh(shard, 0, CPU)
-    for net in (student, fake):
+    for net in (student, fake) if mesh else ():
+        state = net.state_dict()
         ranks.shard(net, mesh, CPU, bf16=False)
+        ranks.deal(net, iter(state.items()), CPU)
     ida_update(fake, student, 0.97)
     tensors = [x.clone() for _, x in ranks.gather(fake)]
     if out and ranks.rank() == 0:
