@@ -22,6 +22,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -29,9 +30,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import machine  # before torch, which sorting sees to
+from machine import Machine, pretend, pretend_ranks  # isort: skip (before torch)
+
 import torch
-from machine import Machine, pretend, pretend_ranks
 from PIL import Image
 from small import in_hf_names, write_tokenizer
 
@@ -101,11 +102,26 @@ def pictures(folder: Path, size: tuple[int, int]) -> None:
         (folder / f"{k}.txt").write_text(f"a red three {k}")
 
 
+def shallow(family: Teacher, depth: int) -> Teacher:
+    """As wide as it is, but few blocks of everything, and two heads of the discriminator's."""
+    family = family.scaled(1.0, depth)
+    sizes = family.sizes
+    few = {name: getattr(sizes, name) for name in ("clip_l", "clip_g", "t5")}
+    few = {name: replace(cfg, depth=2) for name, cfg in few.items() if cfg}
+    for name in ("denoiser", "vae"):  # of convolutions: per level
+        cfg = getattr(sizes, name)
+        few |= {name: replace(cfg, blocks=1)} if "blocks" in vars(cfg) else {}
+    few["backbone"] = replace(family.backbone(), depth=2, hooks=(1,))
+    few["reader"] = replace(family.reader(), depth=2)
+    return family.resized(replace(sizes, **few))
+
+
 def prepare(name: str, depth: int, folder: Path, size: tuple[int, int]) -> dict[str, str]:
-    """What --weights and --data are, made if need be. depth: of the denoiser, 0 as it is."""
+    """What --weights and --data are, made if need be. depth: of the denoiser, the rest being
+    `shallow` too; 0: all as it is."""
     family = find(name)
     if depth:
-        teachers.FOUND[name] = family = family.scaled(1.0, depth)
+        teachers.FOUND[name] = family = shallow(family, depth)
     weights, data = folder / f"{name}-{depth}", folder / "pictures-{}-{}".format(*size)
     if not weights.is_dir():
         official(family, weights)
@@ -165,9 +181,9 @@ def iterate(
     rank: int = 0,
     world: int = 0,
     each: int = 8,
-    folder: str = str(machine.CACHE),
+    folder: str = "",
 ) -> dict:
-    """world: 0 for one process; each: ranks of a node."""
+    """world: 0 for one process; each: ranks of a node; folder: for files."""
     sys.argv = ["train.py", "--teacher", teacher, *map(str, flags)]
     cfg, _ = train.arguments()
     cfg = replace(cfg, workers=0, **prepare(teacher, depth, Path(folder), cfg.size))
@@ -287,5 +303,6 @@ def main() -> None:
     pretend()
     if given.teacher == "serve":
         serve()
-    else:
-        show(iterate(**vars(given), flags=flags))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        show(iterate(**vars(given), flags=flags, folder=folder))

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -170,8 +171,16 @@ class Event:
 
 
 def place(depth: int) -> tuple[str, str]:
-    """file.py:function of the project, innermost, and file.py:line of so many."""
-    function, lines, frame = "", [], sys._getframe(1)
+    """file.py:function of the project, innermost, and file.py:line of so many.
+
+    A backward pass is a thread of its own, and where nothing of ours is in it is where it began.
+    """
+    main = sys._current_frames().get(threading.main_thread().ident)
+    return place_from(sys._getframe(1), depth) or place_from(main, depth) or ("torch", "")
+
+
+def place_from(frame, depth: int) -> tuple[str, str] | None:
+    function, lines = "", []
     while frame and len(lines) < depth:
         file = frame.f_code.co_filename
         if file.startswith(ROOT) and not file.startswith(TESTS) and "site-packages" not in file:
@@ -179,7 +188,7 @@ def place(depth: int) -> tuple[str, str]:
             function = function or f"{file}:{frame.f_code.co_qualname.split('.<locals>')[0]}"
             lines.append(f"{file}:{frame.f_lineno}")
         frame = frame.f_back
-    return function or "autograd", " < ".join(lines)
+    return (function, " < ".join(lines)) if lines else None
 
 
 def on_cuda(x) -> bool:
