@@ -12,8 +12,9 @@ networks that judge.
 
 Measured against the teacher's images, features by DINOv2 (the embedded task: by its judge, and by
 its small ViT): the Frechet distance of whole images (FD) and of their middle 299 x 299 pixels
-(patch FD); precision and recall (k-NN, k = 3). Of the images alone: the Vendi score, the mean
-distance (1 - cosine) between images of a prompt, and the CLIP score (ViT-L/14). "±" is half of a
+(patch FD); precision and recall (k-NN, k = 3); the kernel distance (KD: KID's formula, times 1000).
+Of the images alone: the Vendi score, the mean distance (1 - cosine) between images of a prompt, the
+CLIP score (ViT-L/14), and the pixels' brightness and saturation. "±" is half of a
 95 % interval, by bootstrap over prompts. FD depends on the number of images: compare equal numbers.
 With --inception also FID-T and patch FID-T, which takes the package torch-fidelity; with --clip-g,
 --clip-h, --pickscore or --hpsv2 what those networks make of image and prompt. The embedded task's
@@ -57,6 +58,7 @@ from engine.drawing import (
 from engine.pictures import side_by_side
 from measure.scorers import (
     GIVEN,
+    PIXELS,
     Features,
     check_scorers,
     embed_captions,
@@ -220,6 +222,7 @@ def features_of(
 
 
 FORMS = {"precision": ".3f", "recall": ".3f", "distance": ".4f"}
+FORMS |= dict.fromkeys(PIXELS, ".3f")
 FORMS |= dict.fromkeys(("CLIP", "CLIP-g", "CLIP-H", "HPSv2"), ".4f")
 
 

@@ -44,7 +44,7 @@ from engine.build import (
     build_learners,
     build_nets,
     check_optimizer,
-    open_training_data,
+    open_inputs,
     precision,
     whole_net,
 )
@@ -306,7 +306,7 @@ def main() -> None:
         device, family = ranks.start(), find(cfg.teacher)
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
         check_optimizer(cfg.optimizer)
-        data = open_training_data(cfg, family)
+        data = open_inputs(cfg, family)
         if cfg.export == "full" and not family.prefix():
             raise Refusal(f"--export full: the file of {family.name} holds no other network")
         out = prepare_folder(cfg, given.overwrite)

@@ -4,7 +4,7 @@ Nets, build_nets           student, fake score, teacher, discriminator and what 
 Learner, build_learners    a trained network and its optimizers
 optimizer_class            of a name with dots
 precision                  bf16 on one device
-open_training_data         the teacher's own, or what --data names
+open_inputs                data and weights: the teacher's own, or what flags name
 whole_net                  a denoiser that a rank can call alone
 """
 
@@ -103,6 +103,32 @@ def open_training_data(cfg: Config, family: Teacher):
     return data
 
 
+def open_inputs(cfg: Config, family: Teacher):
+    """The data set, with every file of weights looked for too: all that is missing is said at once.
+
+    ValueError or OSError.
+    """
+    problems, data = [], None
+    try:
+        data = open_training_data(cfg, family)
+    except (Refusal, FileNotFoundError) as error:
+        problems.append(error)
+    try:
+        locate_files(cfg, family, cached=bool(cfg.cache))
+    except (Refusal, FileNotFoundError, PermissionError) as error:
+        problems.append(error)
+    if len(problems) > 1:
+        raise Refusal("; and ".join(map(str, problems)))
+    if problems:
+        raise problems[0]
+    return data
+
+
+def locate_files(cfg: Config, family: Teacher, cached: bool = False) -> Files:
+    """cached: text and latents come from a cache."""
+    return family.locate(cfg.weights, text=not cached, t5=cfg.t5, disc=cfg.w_gan > 0)
+
+
 # --- networks ------------------------------------------------------------------------------------
 
 
@@ -112,7 +138,7 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     Several ranks share what is trained, as copies or as shards, and in shards the teacher too.
     """
     family = find(cfg.teacher)
-    files = family.locate(cfg.weights, text=not cache, t5=cfg.t5, disc=cfg.w_gan > 0)
+    files = locate_files(cfg, family, cached=bool(cache))
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     disc = build_disc(cfg, family, files, frozen, device) if cfg.w_gan else None
     mesh = ranks.choose_mesh(cfg.shard, count_trained(cfg, family, disc), device)

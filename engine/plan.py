@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
 
 import model
 from config import Config
@@ -293,7 +294,8 @@ def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[s
                     trains = torch.bfloat16 if cfg.bf16 and part != "heads" else torch.float32
                     hollow(net, trains)
             table = call_table(cfg, nets)
-            costs = {name: measured(x.run, x.nets, x.learn) for name, x in table.items()}
+            every = tqdm(table.items(), desc="plan", leave=False)
+            costs = {name: measured(x.run, x.nets, x.learn) for name, x in every}
             student, draw = nets["student"], table["student: learn"].run
             for block in student[0].blocks():  # without recomputation
                 block.__dict__.pop("forward", None)

@@ -1,10 +1,12 @@
 """Measures of images, through features of them. Pure functions of tensors.
 
     frechet_distance    between Gaussians fitted to two sets of features (FID's formula)
+    kernel_distance     between two sets of features, without bias (KID's formula)
     recall, precision   the share of one set within reach of the other
     vendi_score         how many different features there are, in effect
     pairwise_distance   how different the images of one prompt are
     clip_score          how well image and caption agree
+    brightness          of the pixels themselves; so is saturation
     bootstrap           a measure and how far chance may have moved it
     resize, fit, patch  images as feature networks take them
     round_8bit          and as a PNG holds them
@@ -53,6 +55,25 @@ def covariance_root(x: Tensor) -> Tensor:
     return root
 
 
+def kernel_distance(real: Tensor, made: Tensor) -> float:
+    """1000 MMD^2 of two sets of features, (N, D) and (M, D), kernel (x . y / D + 1)^3, in fp64.
+
+    KID's formula, on all samples at once: the unbiased estimate, whose mean does not depend on N
+    and M, and which may fall below zero.
+    """
+    a, b = real.double(), made.double()
+    assert min(len(a), len(b)) > 1, "one sample makes no pair"
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def pairs(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))  # less each sample with itself
+
+    return 1000 * (pairs(a) + pairs(b) - 2 * kernel(a, b).mean()).item()
+
+
 def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
     """The share of real features (N, D) within reach of a made one (M, D).
 
@@ -93,6 +114,20 @@ def pairwise_distance(features: Tensor) -> float:
 def clip_score(images: Tensor, captions: Tensor) -> float:
     """Embeddings (N, D) of images and of their captions -> their mean cosine similarity."""
     return F.cosine_similarity(images.double(), captions.double(), dim=-1).mean().item()
+
+
+# --- the pixels themselves -----------------------------------------------------------------------
+
+
+def brightness(image: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B,): the mean of all pixels and colours."""
+    return image.mean((1, 2, 3))
+
+
+def saturation(image: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B,): HSV's, 1 - least / largest colour, mean over pixels."""
+    low, high = image.aminmax(dim=1)
+    return (1 - low / high.clamp_min(1e-6)).where(high > 0, 0.0).mean((1, 2))  # black has none
 
 
 # --- how certain ---------------------------------------------------------------------------------

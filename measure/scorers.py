@@ -4,6 +4,7 @@
     load_inception   the FID's network, which takes a package of its own
     SCORERS          CLIPs that say how well an image fits its caption: their sizes and their views
     check_scorers    their files are those of these networks
+    PIXELS, PAIRS    measures of pixels, and of two sets of features: a new one is a line there
     feature_nets     images -> features, by measure
     embed_captions   what the scorers make of the prompts
     measure          features -> every measure with its interval
@@ -23,14 +24,17 @@ from torch import Tensor, nn
 from config import Refusal
 from measure.distances import (
     bootstrap,
+    brightness,
     clip_score,
     fit,
     frechet_distance,
+    kernel_distance,
     pairwise_distance,
     patch,
     precision,
     recall,
     resize,
+    saturation,
     to_uint8,
     vendi_score,
 )
@@ -54,7 +58,7 @@ from nets.weights import first_line, places, read_tensors, safetensors_of
 # Its table of positions stretched as in the code that its features are published with.
 DINOV2 = replace(DINOV2_LARGE, positions="facebook", hooks=(), recompute=False)
 SHARED_FILES = ("dinov2", "clip_vit", "clip_vit_tokenizer")
-Features = dict[str, Tensor]  # per measure (P, S, D)
+Features = dict[str, Tensor]  # per measure (P, S, D); of pixels (P, S)
 Captions = dict[str, tuple[Tensor, float]]  # per score (P, 1, D), and what the cosine is times
 
 
@@ -74,6 +78,10 @@ SCORERS = {
     "PickScore": Scorer(CLIP_VIT_HUGE, CLIP_OPEN_TEXT, scaled=True),
     "HPSv2": Scorer(CLIP_VIT_HUGE, CLIP_OPEN_TEXT, view=fit),
 }
+# By title: images (B, 3, H, W) in [0, 1] -> (B,), of which the mean is shown.
+PIXELS = {"brightness": brightness, "saturation": saturation}
+# By title: features of the teacher's images (N, D) and of those made (M, D) -> a number.
+PAIRS = {"precision": precision, "recall": recall, "KD": kernel_distance}
 GIVEN = tuple(SCORERS)[1:]  # by the user: the first's file is found like the other judges'
 
 
@@ -129,8 +137,8 @@ def feature_nets(
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """By measure: images (B, 3, H, W) in [0, 1] -> features (B, D).
 
-    The features of the first are also those of precision, recall and variety. own: the teacher's,
-    in place of DINOv2's.
+    The features of the first are also those of PAIRS and of variety. A measure of PIXELS is its own
+    feature. own: the teacher's, in place of DINOv2's.
     """
     nets = own or {}
     if not own:
@@ -147,7 +155,7 @@ def feature_nets(
     for title, path in scorers.items():
         clip = load_clip_vision(path, device=device, cfg=SCORERS[title].vision)
         nets[title] = partial(seen_by, clip, SCORERS[title].view)
-    return nets
+    return nets | PIXELS
 
 
 def seen_by(clip: CLIPVision, view: Callable[[Tensor, int], Tensor], images: Tensor) -> Tensor:
@@ -196,10 +204,15 @@ def measure(
         asked, scale = captions[title]
         return lambda i: scale * clip_score(made[title][i], asked[i])
 
-    values = {title: against(frechet_distance, title) for title in made if title not in captions}
-    values["precision"], values["recall"] = against(precision, main), against(recall, main)
+    def mean(title: str) -> Callable[[Tensor], float]:
+        return lambda i: made[title][i].mean().item()
+
+    nets = [title for title in made if title not in (*captions, *PIXELS)]
+    values = {title: against(frechet_distance, title) for title in nets}
+    values |= {title: against(of, main) for title, of in PAIRS.items()}
     of_all = made[main]
     values["Vendi"] = bootstrap(lambda i: vendi_score(of_all[i].flatten(0, 1)), P, resamples)
     apart = bootstrap(lambda i: pairwise_distance(of_all[i]), P, resamples) if S > 1 else None
     values["distance"] = apart
-    return values | {title: bootstrap(fits(title), P, resamples) for title in captions}
+    values |= {title: bootstrap(fits(title), P, resamples) for title in captions}
+    return values | {title: bootstrap(mean(title), P, resamples) for title in PIXELS}

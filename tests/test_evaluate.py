@@ -136,9 +136,9 @@ def test_any_teacher_is_measured_against_its_student(run, flags, student, weight
     assert [(row["name"], row["nfe"]) for row in rows] == [
         *(("teacher 3", 3), ("teacher 2", 2), ("student 1", 1), ("student 2", 2))
     ]
-    against = ("FD-DINOv2", "patch FD-DINOv2", "precision", "recall")
+    against = ("FD-DINOv2", "patch FD-DINOv2", "precision", "recall", "KD")
     for row in rows:
-        for title in (*against, "Vendi", "distance", "CLIP"):
+        for title in (*against, "Vendi", "distance", "CLIP", "brightness", "saturation"):
             known = title not in against or row is not rows[0]
             assert (row[title] is not None) == known, f"{row['name']}: {title}"
             assert not known or np.isfinite(row[title]).all()

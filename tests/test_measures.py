@@ -15,15 +15,18 @@ from safetensors.torch import load_file
 from digits.scenes import DigitScenes
 from measure.distances import (
     bootstrap,
+    brightness,
     clip_score,
     fit,
     frechet_distance,
     from_uint8,
+    kernel_distance,
     pairwise_distance,
     patch,
     precision,
     recall,
     resize,
+    saturation,
     to_uint8,
     vendi_score,
 )
@@ -48,6 +51,43 @@ def test_frechet_distance_of_gaussians_has_its_closed_form():
     b = draws(400_000, 2, seed=1) * torch.tensor([3.0, 1.0]) + torch.tensor([3.0, 0.0])
     assert frechet_distance(a, b) == pytest.approx(14, rel=0.01)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_kernel_distance_is_its_sum_over_pairs():
+    """1000 MMD^2 by loops: no sample with itself within a set, every pair across."""
+    a, b = draws(5, 3), draws(4, 3, seed=1) + 1
+
+    def k(x, y):
+        return ((x @ y).item() / 3 + 1) ** 3
+
+    def within(x):
+        pairs = [k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]
+        return sum(pairs) / len(pairs)
+
+    across = sum(k(x, y) for x in a for y in b) / 20
+    assert kernel_distance(a, b) == pytest.approx(1000 * (within(a) + within(b) - 2 * across))
+
+
+def test_kernel_distance_has_no_bias_of_few_samples():
+    """One dimension: N(0, 1) against N(m, 1). With k = (xy + 1)^3 = 1 + 3xy + 3x^2y^2 + x^3y^3 and
+    moments m, 1 + m^2, m^3 + 3m: MMD^2 = 3 m^2 + 3 m^4 + (m^3 + 3m)^2; at m = 1 that is 22, from
+    8,000 samples to a tenth. And the mean over pairs of small sets of one law is zero within
+    four standard errors."""
+    a, b = draws(8_000, 1).split(800), draws(8_000, 1, seed=1).add(1).split(800)
+    got = sum(kernel_distance(x, y) for x, y in zip(a, b, strict=True)) / 10
+    assert got == pytest.approx(22_000, rel=0.1)
+    few = [kernel_distance(*draws(20, 4, seed=s).split(10)) for s in range(2, 402)]
+    assert abs(np.mean(few)) < 4 * np.std(few) / 20 and min(few) < 0
+
+
+def test_brightness_and_saturation_of_known_colours():
+    """Black, white, grey, red, dark red, and pink, which is half white: HSV's saturation."""
+    colours = [(0, 0, 0), (1, 1, 1), (0.5, 0.5, 0.5), (1, 0, 0), (0.2, 0, 0), (1, 0.5, 0.5)]
+    image = torch.tensor(colours)[:, :, None, None].expand(-1, 3, 4, 6)
+    torch.testing.assert_close(saturation(image), torch.tensor([0, 0, 0, 1, 1, 0.5]))
+    torch.testing.assert_close(brightness(image), torch.tensor(colours).mean(1))
+    half = torch.cat([image[3:4], image[1:2]], dim=3)  # half red, half white
+    assert saturation(half).item() == pytest.approx(0.5)
 
 
 def reference(a, b):

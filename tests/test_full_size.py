@@ -1,0 +1,188 @@
+"""The project at full size on a GPU that is not there: nothing fails, waits, or attends slowly.
+
+Widths, images and files are the official ones; where depth adds nothing, a network has few blocks.
+Each report is made by a process forked from one that has the machine (machine.py, full_size.py),
+which is imported before torch. Needs g++.
+"""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TEACHERS = ("flux-dev", "sd35-large", "sd35-medium", "sdxl", "sd15")
+TURNS = ("student", "other", "noise")
+
+# Where a turn waits for the GPU, at most how often in a student's turn, in another, and why.
+# Counted at batch 1, over all teachers, with whatever load_batch does before the turn.
+WAITS = {
+    "engine/batch.py:frozen_rows": (2, 2, "images, and SDXL's sizes, are copied blocking"),
+    "engine/batch.py:load_batch": (1, 1, "images are copied again, blocking"),
+    "isg.py:draw_mid": (1, 0, "tau_mid's share is drawn on the CPU and copied blocking"),
+    "nets/text.py:FluxText.forward": (2, 2, "CLIP's and T5's ids are copied blocking"),
+    "nets/text.py:SD15Text.forward": (1, 1, "CLIP's ids are copied blocking"),
+    "nets/text.py:SD35Text.forward": (3, 3, "both CLIPs' and T5's ids are copied blocking"),
+    "nets/text.py:SDXLText.forward": (2, 2, "both CLIPs' ids are copied blocking"),
+    "nets/text.py:T5.position_bias": (1, 1, "relative buckets are made on the CPU, every time"),
+    "nets/vision.py:CLIPText.embedding": (1, 1, "CLIP's ids are copied blocking"),
+    "nets/vision.py:standardise": (4, 4, "mean and std are copied on every call"),
+    "schedule.py:DDPM._alpha_bar": (27, 9, "the table is copied on every call"),
+    "schedule.py:normal": (6, 4, "noise is drawn on the CPU and copied blocking"),
+    "schedule.py:uniform": (5, 1, "times are drawn on the CPU and copied blocking"),
+    "train.py:draw_student": (1, 1, "whether omega is zero is read off the GPU"),
+    "train.py:minimise": (6, 4, "whether loss and norm are finite is read off the GPU, apart"),
+    "train.py:train_step": (8, 4, "every logged value is read off the GPU by itself"),
+}
+# Where no fused kernel takes the attention.
+MATH = {
+    "nets/vae.py:Attention.forward": "q, k, v are transposed views: (B, C, HW), the last not dense",
+}
+# Where only several ranks wait.
+RANKS = {
+    "engine/ranks.py:agree": "a vote is copied, and read, blocking",
+    "engine/ranks.py:mean_over_ranks": "logged values are copied, and read, at once",
+}
+
+if shutil.which("g++") is None:
+    assert "SENSEFLOW_NEEDS_GXX" not in os.environ, "g++ is missing, and must be there"
+    pytest.skip("needs g++ to compile tests/fake_cuda.cpp", allow_module_level=True)
+
+
+class Workshop:
+    """Where reports are made, once each."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.printed = folder, folder / "printed.txt"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.machine", "serve"],
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
+            **{"cwd": folder, "env": environment, "stderr": open(self.printed, "w")},  # noqa: SIM115
+        )
+        self.report = functools.cache(self.make)
+
+    def make(self, asked: str) -> dict:
+        to = self.folder / "report.json"
+        told = json.loads(asked) | {"to": str(to), "folder": str(self.folder)}
+        self.process.stdin.write(json.dumps(told) + "\n")
+        self.process.stdin.flush()
+        code = self.process.stdout.readline().strip()
+        assert code == "0", f"exit code {code}\n{self.printed.read_text()[-3000:]}"
+        return json.loads(to.read_text())
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    made = Workshop(tmp_path_factory.mktemp("full-size"))
+    yield made
+    made.process.stdin.close()
+    assert made.process.wait() == 0, made.printed.read_text()[-3000:]
+
+
+@pytest.fixture
+def iterate(workshop):
+    """iterate(teacher, *flags of train.py, **arguments of full_size.py:iterate) -> its report."""
+
+    def report(teacher: str, *flags, depth: int = 1, **more) -> dict:
+        asked = {"do": "iterate", "teacher": teacher, "flags": flags, "depth": depth, **more}
+        return workshop.report(json.dumps(asked))
+
+    return report
+
+
+@pytest.fixture
+def command(workshop):
+    def report(name: str, teacher: str, *flags, data: bool = False) -> dict:
+        asked = {"do": "command", "name": name, "teacher": teacher, "flags": flags, "data": data}
+        return workshop.report(json.dumps(asked))
+
+    return report
+
+
+def check_kernels(told: dict) -> None:
+    for name in told["kernels"]:
+        kernel, _, where = name.split(" ")
+        assert kernel in ("flash", "efficient") or where in MATH, f"no fused kernel: {name}"
+
+
+# --- iterations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_turn_of_every_teacher_waits_only_where_it_is_listed(iterate, teacher):
+    """Every kind of turn runs; its attention is fused."""
+    for turn, told in iterate(teacher, turns=TURNS)["turns"].items():
+        check_kernels(told)
+        for where, count in told["waits"].items():
+            assert where in WAITS, f"{turn}: a wait that is not listed: {told['lines']}"
+            most = WAITS[where][turn == "other"]
+            assert count <= most, f"{turn}: {where} waits {count} times, not {most}"
+
+
+def test_what_is_listed_is_there(iterate):
+    """So the lists shrink with what they list."""
+    turns = [told for name in TEACHERS for told in iterate(name, turns=TURNS)["turns"].items()]
+    for where, (*most, _) in WAITS.items():
+        for k, kinds in enumerate((("student", "noise"), ("other",))):
+            counts = [told["waits"].get(where, 0) for turn, told in turns if turn in kinds]
+            assert max(counts) == most[k], f"{where} waits {max(counts)} times, not {most[k]}"
+    kernels = {name for _, told in turns for name in told["kernels"]}
+    assert {name.split(" ")[2] for name in kernels if name.startswith("math")} == set(MATH)
+
+
+@pytest.mark.parametrize("teacher", ["flux-dev", "sd35-medium"])
+def test_at_pure_noise_nothing_is_decoded(iterate, teacher):
+    """A flow's anchor there is not judged: VAE and discriminator have no work."""
+    turns = iterate(teacher, turns=TURNS)["turns"]
+    noise, student = turns["noise"], turns["student"]
+    assert "disc" not in noise["values"] and "disc" in student["values"]
+    assert noise["ops"] < student["ops"] and "gan_loss" not in noise["stages"]
+
+
+@pytest.mark.parametrize(
+    "each, world, flags, turns",
+    [
+        (8, 8, ("--ema", "0.99", "--accumulate", "2"), ("student", "other")),
+        (8, 64, ("--batch", "2", "--buckets"), ("student",)),
+    ],
+    ids=["8 ranks, an average, two parts", "8 nodes of 8, a batch of two in buckets"],
+)
+def test_all_ranks_say_the_same_in_the_same_order(iterate, each, world, flags, turns):
+    """Else NCCL hangs. FLUX's shards, by rank 0, which reads the files, and rank 1."""
+    where = {"world": world, "each": each, "turns": turns}
+    first, second = (
+        iterate("flux-dev", "--shard", "fsdp", *flags, rank=rank, **where) for rank in (0, 1)
+    )
+    assert first["build"]["collectives"] == second["build"]["collectives"] != []
+    for turn in turns:
+        told, other = first["turns"][turn], second["turns"][turn]
+        assert told["collectives"] == other["collectives"] != []
+        for report in (told, other):
+            check_kernels(report)
+            assert set(report["waits"]) <= WAITS.keys() | RANKS.keys()
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def test_sample_draws_with_flux_at_full_size(command, tmp_path):
+    """All 57 blocks; the text encoders are gone before the transformer comes."""
+    flags = ("--prompt", "a red three", "--steps", "1", "--out", str(tmp_path / "x.png"))
+    told = command("sample", "flux-dev", *flags)
+    check_kernels(told)
+    assert (tmp_path / "x.png").is_file()
+    assert 24e9 < told["peak"] < 30e9, "12 billion weights in bf16, and one image"
+
+
+def test_train_runs_sd15_from_a_cache_to_its_sheet(command, tmp_path):
+    """train.py as a user starts it; what it would write of weights is left out."""
+    flags = ("--steps", "1", "--exam-every", "0", "--cache", str(tmp_path / "cache"))
+    told = command("train", "sd15", *flags, "--out", str(tmp_path / "run"), data=True)
+    check_kernels(told)
+    assert (tmp_path / "run" / "samples.png").is_file()
