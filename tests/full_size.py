@@ -40,6 +40,7 @@ import teachers
 import train
 from config import Config
 from engine import build, checkpoint, ranks, results
+from engine.flags import train_arguments
 from nets.clip import CLIP, to_open_clip
 from nets.files import SHARED
 from nets.text import T5
@@ -185,7 +186,7 @@ def iterate(
 ) -> dict:
     """world: 0 for one process; each: ranks of a node; folder: for files."""
     sys.argv = ["train.py", "--teacher", teacher, *map(str, flags)]
-    cfg, _ = train.arguments()
+    cfg, _ = train_arguments(None)
     cfg = replace(cfg, workers=0, **prepare(teacher, depth, Path(folder), cfg.size))
     gpu, began = Machine(), time.process_time()
     for name in STAGES:
@@ -203,8 +204,8 @@ def iterate(
         for opt in opts.values():  # Adam's state, as after an earlier iteration
             for p in opt.parameters():
                 p.grad = torch.zeros_like(p)
-            opt.optimizer.step()
-            opt.optimizer.zero_grad()
+            opt.step(1.0)
+            opt.zero_grad()
         report["resident"], gpu.stage = gpu.now, "train_step"
         for turn, (step, judged) in zip(turns, turn_steps(cfg, nets, turns), strict=True):
             gpu.answers["any"] = judged

@@ -108,6 +108,7 @@ def pretend(memory: int = MEMORY) -> None:
     about = SimpleNamespace(total_memory=memory, major=9, minor=0, name="a GPU that is not there")
     cuda.get_device_properties, cuda.get_device_capability = (lambda *_: about), (lambda *_: (9, 0))
     fake_tensor.init_gpu_context = nothing
+    torch.Tensor.pin_memory = lambda self: self
     FakeTensorMode.avoid_device_init = property(yes)
     # Else AdamW takes the loop, which hides its peak.
     _foreach_supported_types.append(FakeTensor)
@@ -138,7 +139,7 @@ def pretend_ranks(rank: int, world: int, each: int, collectives: list) -> None:
     dist.rendezvous = lambda *_, **__: iter([(FakeStore(), rank, world)])
     init = dist.init_process_group
 
-    def init_process_group(backend, *, store, rank, world_size):
+    def init_process_group(backend, *, store, rank, world_size, timeout, device_id):
         init("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
     def all_gather_object(every, value, group=None):

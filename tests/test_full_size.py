@@ -22,31 +22,14 @@ TURNS = ("student", "other", "noise")
 # Where a turn waits for the GPU, at most how often in a student's turn, in another, and why.
 # Counted at batch 1, over all teachers, with whatever load_batch does before the turn.
 WAITS = {
-    "engine/batch.py:frozen_rows": (2, 2, "images, and SDXL's sizes, are copied blocking"),
-    "engine/batch.py:load_batch": (1, 1, "images are copied again, blocking"),
-    "isg.py:draw_mid": (1, 0, "tau_mid's share is drawn on the CPU and copied blocking"),
-    "nets/text.py:FluxText.forward": (2, 2, "CLIP's and T5's ids are copied blocking"),
-    "nets/text.py:SD15Text.forward": (1, 1, "CLIP's ids are copied blocking"),
-    "nets/text.py:SD35Text.forward": (3, 3, "both CLIPs' and T5's ids are copied blocking"),
-    "nets/text.py:SDXLText.forward": (2, 2, "both CLIPs' ids are copied blocking"),
-    "nets/text.py:T5.position_bias": (1, 1, "relative buckets are made on the CPU, every time"),
-    "nets/vision.py:CLIPText.embedding": (1, 1, "CLIP's ids are copied blocking"),
-    "nets/vision.py:standardise": (4, 4, "mean and std are copied on every call"),
-    "schedule.py:DDPM._alpha_bar": (27, 9, "the table is copied on every call"),
-    "schedule.py:normal": (6, 4, "noise is drawn on the CPU and copied blocking"),
-    "schedule.py:uniform": (5, 1, "times are drawn on the CPU and copied blocking"),
-    "train.py:draw_student": (1, 1, "whether omega is zero is read off the GPU"),
-    "train.py:minimise": (6, 4, "whether loss and norm are finite is read off the GPU, apart"),
-    "train.py:train_step": (8, 4, "every logged value is read off the GPU by itself"),
+    "engine/ranks.py:agree": (3, 2, "whether a network may step, which is asked before it does"),
+    "engine/ranks.py:to_host": (1, 1, "the log of a step, in one piece"),
 }
 # Where no fused kernel takes the attention.
-MATH = {
-    "nets/vae.py:Attention.forward": "q, k, v are transposed views: (B, C, HW), the last not dense",
-}
+MATH: dict[str, str] = {}
 # Where only several ranks wait.
 RANKS = {
-    "engine/ranks.py:agree": "a vote is copied, and read, blocking",
-    "engine/ranks.py:mean_over_ranks": "logged values are copied, and read, at once",
+    "engine/ranks.py:mean_over_ranks": "logged values are read, at once",
 }
 
 if shutil.which("g++") is None:
