@@ -433,10 +433,7 @@ def from_file(path: Path) -> Teacher:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclasses look for themselves
     sys.path.append(str(path.parent.resolve()))  # it may import what lies beside it
-    try:
-        spec.loader.exec_module(module)
-    except (ValueError, OSError) as error:  # of its own making: no word to whoever gave the flag
-        raise RuntimeError(f"{path} cannot be imported") from error
+    spec.loader.exec_module(module)
     teacher = getattr(module, "TEACHER", None)
     if not isinstance(teacher, Teacher):
         raise Refusal(f"--teacher {path} defines no TEACHER; docs/own_teacher.md shows one")
