@@ -185,7 +185,7 @@ def iterate(
 ) -> dict:
     """world: 0 for one process; each: ranks of a node; folder: for files."""
     sys.argv = ["train.py", "--teacher", teacher, *map(str, flags)]
-    cfg, _ = train.arguments()
+    cfg, _ = train.train_arguments(None)
     cfg = replace(cfg, workers=0, **prepare(teacher, depth, Path(folder), cfg.size))
     gpu, began = Machine(), time.process_time()
     for name in STAGES:
