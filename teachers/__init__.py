@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Networks:
     """The sizes of a teacher's networks, as their modules take them.
 
-    Of a denoiser of any kind asked for: `channels` of the latents and `patch`.
+    A denoiser's have `channels` of the latents and `patch`.
     """
 
     denoiser: object
@@ -415,7 +415,7 @@ def find(name: str) -> Teacher:
 
 
 def is_named(text: str) -> bool:
-    """Whether --teacher is a name or a Python file (evaluate.py takes weights, too)."""
+    """Whether --teacher is for `find`, and no file of weights."""
     return text in FAMILIES or text.endswith(".py")
 
 
@@ -487,9 +487,7 @@ def load_student(path: Path, *how, teacher: str | None = None) -> tuple[nn.Modul
     return teacher_of(path, teacher).load(float(about["shift"]), path, *how), about
 
 
-def times_of(
-    family: Teacher, schedule, steps: int, size: tuple[int, int], student: bool
-) -> list[float]:
+def times_of(family: Teacher, schedule, steps: int, size, student: bool) -> list[float]:
     """Where a teacher is called; a student at another number of steps than its own: evenly."""
     from schedule import grid
 
