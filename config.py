@@ -216,6 +216,7 @@ class Config:
         "student", "the student alone, or full: the official file too", Choice(("student", "full"))
     )
     save_every: int = setting(250, "iterations between checkpoints", COUNT)
+    save_minutes: float = setting(0.0, "minutes between them, whichever is first; 0: any", AMOUNT)
     keep: int = setting(2, "checkpoints kept", COUNT)
     exam_every: int = setting(125, "iterations between exams and sheets; 0: none", AMOUNT)
     show: tuple[str, ...] = setting((), "prompts of the sheets; none: the data's first captions")
@@ -229,6 +230,7 @@ HOUSEKEEPING = (
     "weights",
     "workers",
     "save_every",
+    "save_minutes",
     "keep",
     "exam_every",
     "show",

@@ -107,8 +107,7 @@ def train_step(
         with ranks.whole_heads(disc.heads):
             disc.power_iteration()
         minimise("disc", disc_losses(), opts, step, cfg, log)
-    means = {name: sum(values) / len(values) for name, values in log.items()}
-    return dict(zip(means, torch.stack([*means.values()]).cpu().tolist(), strict=True))
+    return ranks.to_host({name: sum(values) / len(values) for name, values in log.items()})
 
 
 @dataclass
@@ -285,8 +284,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
             done, last = step + 1, step + 1 == cfg.steps
             if cfg.exam_every and (last or done % cfg.exam_every == 0):
                 show(done, cfg, out, nets, data, exam, run, device)
-            stop = not ranks.agree(not run.stop, device)
-            if last or stop or done % cfg.save_every == 0:
+            save, stop = run.is_due(cfg, done, device)
+            if save:
                 checkpoint.save_checkpoint(folder, done, *saved, run.state(), cfg.keep)
             if stop and not last:
                 say(f"stopped by SIGTERM after step {done}, saved; the same command continues")

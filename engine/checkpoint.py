@@ -1,6 +1,6 @@
 """Checkpoints: every trained network and optimizer of a run, complete or absent.
 
-    save_checkpoint   into a temporary folder, checked, renamed
+    save_checkpoint   into a temporary folder, with digests of what was written, renamed
     load_checkpoint   the newest sound one, on any number of ranks
 
 A checkpoint is a folder `step-N` with the tensors, `extra.json`, and `digests.json`, written last:
@@ -8,17 +8,20 @@ a folder whose digests do not agree is damaged, and the one before it is used.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -61,15 +64,22 @@ def save_checkpoint(
                 shutil.rmtree(left_over)
             part.mkdir(parents=True)
 
-    def write() -> None:
+    def write() -> dict[str, str]:
+        """Digests of this rank's files."""
+        writer = dcp.FileSystemWriter(part)
+        writer.fs = files = DigestedFiles()
         with quiet():
-            dcp.save(state_of(nets, optimizers), checkpoint_id=part, no_dist=alone)
+            dcp.save(state_of(nets, optimizers), storage_writer=writer, no_dist=alone)
         if rank() == 0:
-            (part / "extra.json").write_text(json.dumps({"step": step, **extra}))
+            with files.create_stream(part / "extra.json", "wb") as file:
+                file.write(json.dumps({"step": step, **extra}).encode())
+        for name in files.digests:
+            sync(part / name)
+        return files.digests
 
     def finish() -> None:
         if rank() == 0:
-            (part / "digests.json").write_text(json.dumps(listed))
+            (part / "digests.json").write_text(json.dumps(joined(written)))
             sync(part / "digests.json")
             sync(part)
             shutil.rmtree(final, ignore_errors=True)
@@ -80,8 +90,7 @@ def save_checkpoint(
 
     try:
         on_all_ranks(prepare)
-        on_all_ranks(write)
-        listed = digests(part)
+        written = on_all_ranks(write)
         on_all_ranks(finish)
     except OSError as error:
         if rank() == 0:
@@ -117,15 +126,48 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-????????"), reverse=True)
 
 
+class DigestedFiles(FileSystem):
+    """How torch.distributed.checkpoint comes to its files; keeps a digest of each that it wrote, so
+    that nothing needs to be read again."""
+
+    def __init__(self):
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator["DigestedFile"]:
+        assert mode == "wb", f"files of a checkpoint are written once, not {mode}"
+        with DigestedFile(path) as file:
+            yield file
+        self.digests[path.name] = file.total.hexdigest()
+
+    def rename(self, path: Path, new_path: Path) -> None:
+        super().rename(path, new_path)
+        self.digests[new_path.name] = self.digests.pop(path.name)
+
+
+class DigestedFile(io.BufferedWriter):
+    """Written from its beginning to its end."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.total = hashlib.blake2b()
+
+    def write(self, data) -> int:
+        self.total.update(data)
+        return super().write(data)
+
+
 def digests(path: Path) -> dict[str, str]:
-    """Of every file in a checkpoint, each flushed to disk first; every rank reads its share."""
+    """Of every file in a checkpoint; every rank reads its share."""
     files = sorted(p for p in path.iterdir() if p.name != "digests.json")
-    every = on_all_ranks(lambda: {p.name: digest(p) for p in files[rank() :: world()]})
+    return joined(on_all_ranks(lambda: {p.name: digest(p) for p in files[rank() :: world()]}))
+
+
+def joined(every: list[dict[str, str]]) -> dict[str, str]:
     return dict(sorted(pair for some in every for pair in some.items()))
 
 
 def digest(path: Path) -> str:
-    sync(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 

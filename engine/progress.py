@@ -28,13 +28,14 @@ def header(
     used = " + ".join(["DMD", *(name for name, on in parts.items() if on)])
     where = f"steps {first} to {cfg.steps}" if first else f"{cfg.steps} steps"
     state = "continuing" if first else "new"
+    minutes = f" or {cfg.save_minutes:g} minutes" if cfg.save_minutes else ""
     return [
         f"{nets.family.name} -> a student of {cfg.student_steps} steps (at {taus}) by {used}; "
         f"trained weights: {counts}",
         f"{machines(device)}, {cfg.batch} x {cfg.accumulate} x {ranks.world()} samples an "
         f"iteration of {data}, {'bf16' if cfg.bf16 else 'fp32'}, {shared(nets)}",
         f"{out}: {state}, {where}; log.csv grows there, with pictures every {cfg.exam_every} and "
-        f"checkpoints every {cfg.save_every} iterations",
+        f"checkpoints every {cfg.save_every} iterations{minutes}",
     ]
 
 

@@ -111,6 +111,11 @@ def agree(yes: bool | Tensor, device: torch.device) -> bool:
     return bool(votes)
 
 
+def to_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of one device, for which the host waits once."""
+    return dict(zip(values, torch.stack([*values.values()]).cpu().tolist(), strict=True))
+
+
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     if world() == 1:
         return values

@@ -12,8 +12,10 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from config import Config, Refusal, differences
@@ -145,6 +147,7 @@ class Run:
         self.exams: list[dict] = []  # short exams so far
         self.skipped, self.in_a_row = 0, 0  # iterations with an update that was not finite
         self.stop = False  # SIGTERM came
+        self.saved = time.monotonic()  # when this run was
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_) -> None:
@@ -156,6 +159,18 @@ class Run:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row == 10:
             raise FloatingPointError("ten iterations in a row had a loss or gradient not finite")
+
+    def is_due(self, cfg: Config, done: int, device: torch.device) -> tuple[bool, bool]:
+        """Whether to save after so many iterations, and to stop then; alike on all ranks.
+
+        At the end, every save_every-th, after save_minutes on any rank's clock, on SIGTERM.
+        """
+        late = 0 < cfg.save_minutes < (time.monotonic() - self.saved) / 60
+        asked = not ranks.agree(not (self.stop or late), device)
+        stop = asked and not ranks.agree(not self.stop, device)
+        save = asked or done == cfg.steps or done % cfg.save_every == 0
+        self.saved = time.monotonic() if save else self.saved
+        return save, stop
 
     def state(self) -> dict:
         return {"exams": self.exams, "skipped": self.skipped, "in_a_row": self.in_a_row}

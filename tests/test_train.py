@@ -1,9 +1,11 @@
 """Algorithm 1 on the embedded teacher: which weights move on which turn, and exact resume."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import processes
@@ -14,6 +16,8 @@ from torch import nn
 import train
 from digits.scenes import DigitScenes
 from digits.words import SceneText
+from engine import checkpoint
+from engine.run import Run
 from nets.weights import digest
 from teachers import configure, load_student
 from train import build_learners, build_nets, load_batch, lr_factor, train_step
@@ -255,6 +259,39 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
     assert "is damaged; using the checkpoint before it" in printed_by(out)
     assert student_of(out) == student_of(undisturbed)
     assert (out / "log.csv").read_text() == (undisturbed / "log.csv").read_text()
+
+
+def test_digests_are_of_what_was_written_and_nothing_is_read_again(tmp_path, monkeypatch):
+    """A checkpoint of FLUX has 295 GB. Each file's digest is that of its bytes on the disk, and it
+    is known from the writing: no file is opened to read."""
+    net = nn.Linear(40, 40)
+    adam = torch.optim.AdamW(net.parameters())
+    net(torch.ones(40)).sum().backward()
+    adam.step()
+    state = {"student": net}, {"student": [adam]}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "digest", None)
+        checkpoint.save_checkpoint(tmp_path, 7, *state, {"exams": []}, keep=2)
+    listed = json.loads((tmp_path / "step-00000007" / "digests.json").read_text())
+    files = {p.name: p for p in tmp_path.glob("step-00000007/*") if p.name != "digests.json"}
+    assert listed.keys() == files.keys() and len(files) == 3
+    assert all(checkpoint.digest(path) == listed[name] for name, path in files.items())
+    assert checkpoint.load_checkpoint(tmp_path, *state) == ({"step": 7, "exams": []}, [])
+
+
+def test_checkpoints_come_by_iterations_by_minutes_and_at_the_end(monkeypatch):
+    """Of an iteration a minute. A save of either kind starts the minutes anew."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cfg, run, saved = configure(steps=12, save_every=5, save_minutes=2.5), Run(), []
+    for done in range(1, 13):
+        now[0] += 60
+        save, stop = run.is_due(cfg, done, torch.device("cpu"))
+        assert not stop
+        saved += [done] if save else []
+    assert saved == [3, 5, 8, 10, 12]
+    run.stop = True
+    assert run.is_due(cfg, 1, torch.device("cpu")) == (True, True)
 
 
 def test_sigterm_saves_and_stops(undisturbed, tmp_path):
