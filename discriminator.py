@@ -42,7 +42,7 @@ class SpectralConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.register_buffer("u", F.normalize(torch.randn(channels), dim=0))
-        for _ in range(15):
+        for _ in range(0 if self.weight.is_meta else 15):  # no numbers, nothing to find
             self.power_iteration()
 
     @torch.no_grad()

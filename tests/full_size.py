@@ -40,7 +40,6 @@ import teachers
 import train
 from config import Config
 from engine import build, checkpoint, ranks, results
-from engine.flags import train_arguments
 from nets.clip import CLIP, to_open_clip
 from nets.files import SHARED
 from nets.text import T5
@@ -186,7 +185,7 @@ def iterate(
 ) -> dict:
     """world: 0 for one process; each: ranks of a node; folder: for files."""
     sys.argv = ["train.py", "--teacher", teacher, *map(str, flags)]
-    cfg, _ = train_arguments(None)
+    cfg, _ = train.train_arguments(None)
     cfg = replace(cfg, workers=0, **prepare(teacher, depth, Path(folder), cfg.size))
     gpu, began = Machine(), time.process_time()
     for name in STAGES:

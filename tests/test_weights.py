@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError
@@ -15,8 +16,7 @@ from small import OFFICIAL
 from torch import nn
 
 from model import Flux, FluxConfig
-from nets import files
-from nets.files import find_files
+from nets.files import SHARED, find_files
 from nets.weights import load_weights, save_weights, stream_weights
 from schedule import Flow
 
@@ -326,6 +326,14 @@ def test_loading_takes_the_memory_of_the_network_and_one_tensor(tmp_path):
 # --- finding the official files ------------------------------------------------------------------
 
 PARTS = list(OFFICIAL["flux-dev"])
+
+
+def find_parts(teacher: str, parts, folder: Path | None = None):
+    """The files of these parts of a teacher."""
+    every = SHARED | OFFICIAL[teacher]
+    return find_files({name: every[name] for name in parts}, folder)
+
+
 LOOSE = ("flux1-dev.safetensors", "ae.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors")
 LOOSE += ("vocab.json", "merges.txt", "tokenizer.json")
 
@@ -345,7 +353,9 @@ def official(teacher: str = "flux-dev") -> list[str]:
 def hub(tmp_path, monkeypatch):
     """hub(names): a cache that holds these files of FLUX.1-dev, and no connection."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(files, "hf_hub_download", raising(LocalEntryNotFoundError("no network")))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", raising(LocalEntryNotFoundError("no network"))
+    )
     repo = tmp_path / "hub" / "models--black-forest-labs--FLUX.1-dev"
 
     def cache(names):
@@ -365,7 +375,7 @@ def raising(error: Exception):
 
 @pytest.mark.parametrize("teacher", ["flux-dev", "flux-schnell"])
 def test_files_are_found_as_the_hub_lays_them_out(tmp_path, teacher):
-    found = find_files(teacher, PARTS, fill(tmp_path, official(teacher)))
+    found = find_parts(teacher, PARTS, fill(tmp_path, official(teacher)))
     assert found["denoiser"] == [tmp_path / f"{teacher.replace('flux', 'flux1')}.safetensors"]
     assert [path.name for path in found["t5"]] == [
         "model-00001-of-00002.safetensors",
@@ -382,14 +392,14 @@ def test_networks_of_a_single_file_are_found_in_it(tmp_path, teacher):
     parts = OFFICIAL[teacher]
     networks = {name: part for name, part in parts.items() if part.prefix}
     tokenizers = [name for name in parts if name not in networks]
-    found = find_files(teacher, parts, fill(tmp_path / "w", official(teacher)))
+    found = find_parts(teacher, parts, fill(tmp_path / "w", official(teacher)))
     (single,) = {path for name in networks for path in found[name]}
     assert single.suffix == ".safetensors" and len({p.prefix for p in networks.values()}) > 2
     assert [name.removesuffix("_tokenizer") for name in tokenizers] == list(networks)[2:]
     for name in tokenizers:
         assert [path.name for path in found[name]] == ["vocab.json", "merges.txt"]
     loose = fill(tmp_path / "loose", [single.name, "vocab.json", "merges.txt"])
-    found = find_files(teacher, parts, loose)
+    found = find_parts(teacher, parts, loose)
     assert {path for paths in found.values() for path in paths} == set(loose.iterdir())
 
 
@@ -404,7 +414,7 @@ def test_sd35s_encoders_are_found_beside_the_file_of_both_networks(tmp_path, siz
     parts = OFFICIAL[teacher]
     assert {part.repo for part in parts.values()} == {f"stabilityai/stable-diffusion-3.5-{size}"}
     folder = fill(tmp_path / "w", official(teacher))
-    found = find_files(teacher, parts, folder)
+    found = find_parts(teacher, parts, folder)
     assert found["denoiser"] == found["vae"] == [folder / own]
     assert (parts["denoiser"].prefix, parts["vae"].prefix) == (
         "model.diffusion_model.",
@@ -417,7 +427,7 @@ def test_sd35s_encoders_are_found_beside_the_file_of_both_networks(tmp_path, siz
     assert found["t5_tokenizer"] == [folder / "tokenizer_3" / "tokenizer.json"]
     names = [own, *WORDS, "tokenizer.json", *(f"{Path(file).name}.safetensors" for file in SD35)]
     loose = fill(tmp_path / "loose", names)
-    found = find_files(teacher, parts, loose)
+    found = find_parts(teacher, parts, loose)
     assert {path for paths in found.values() for path in paths} == set(loose.iterdir())
 
 
@@ -426,15 +436,15 @@ def test_sd35_is_found_without_t5_only_if_it_is_not_asked_for(tmp_path):
     names = [file for file in official("sd35-large") if "t5" not in file and "_3" not in file]
     folder = fill(tmp_path, names)
     less = [name for name in OFFICIAL["sd35-large"] if not name.startswith("t5")]
-    found = find_files("sd35-large", less, folder)
+    found = find_parts("sd35-large", less, folder)
     assert {path for paths in found.values() for path in paths} == {folder / n for n in names}
     with pytest.raises(FileNotFoundError, match="lacks text_encoders/t5xxl_fp16.* tokenizer_3/"):
-        find_files("sd35-large", OFFICIAL["sd35-large"], folder)
+        find_parts("sd35-large", OFFICIAL["sd35-large"], folder)
 
 
 def test_a_file_of_several_networks_is_asked_for_once(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
-        find_files("sdxl", OFFICIAL["sdxl"], fill(tmp_path, []))
+        find_parts("sdxl", OFFICIAL["sdxl"], fill(tmp_path, []))
     listed, command = str(caught.value).split("; fetch with: ")
     for text in (listed, command):
         assert text.count("sd_xl_base_1.0.safetensors") == 1
@@ -442,7 +452,7 @@ def test_a_file_of_several_networks_is_asked_for_once(tmp_path):
 
 
 def test_files_are_found_loose(tmp_path):
-    found = find_files("flux-dev", PARTS, fill(tmp_path, LOOSE))
+    found = find_parts("flux-dev", PARTS, fill(tmp_path, LOOSE))
     assert [path for part in found.values() for path in part] == [tmp_path / n for n in LOOSE]
 
 
@@ -459,7 +469,7 @@ VISION = {
 def test_the_discriminators_networks_have_folders_of_their_own(tmp_path):
     """Two repositories call their file model.safetensors; the command fetches each to its place."""
     with pytest.raises(FileNotFoundError) as caught:
-        find_files("flux-schnell", VISION, tmp_path)
+        find_parts("flux-schnell", VISION, tmp_path)
     openai = "openai/clip-vit-large-patch14"
     for words in (
         "lacks dinov2-large/model.safetensors (or dinov2-large.safetensors)",
@@ -469,7 +479,7 @@ def test_the_discriminators_networks_have_folders_of_their_own(tmp_path):
     ):
         assert words in str(caught.value), str(caught.value)
     fill(tmp_path, [name for names in VISION.values() for name in names])
-    found = find_files("flux-schnell", VISION, tmp_path)
+    found = find_parts("flux-schnell", VISION, tmp_path)
     assert found == {part: [tmp_path / name for name in names] for part, names in VISION.items()}
 
 
@@ -486,7 +496,7 @@ def test_the_discriminators_networks_have_folders_of_their_own(tmp_path):
 )
 def test_the_discriminators_networks_have_other_names_too(tmp_path, part, names):
     """timm's copy of DINOv2; loose files; the same tokenizer as it lies beside FLUX.1."""
-    found = find_files("flux-dev", [part], fill(tmp_path, names))
+    found = find_parts("flux-dev", [part], fill(tmp_path, names))
     assert found[part] == [tmp_path / name for name in names]
 
 
@@ -496,7 +506,7 @@ def test_a_folder_that_lacks_files_is_told_which_and_how_to_fetch_them(tmp_path,
     hub(official())
     fill(tmp_path / "w", ["ae.safetensors", "text_encoder_2/model-00001-of-00002.safetensors"])
     with pytest.raises(FileNotFoundError) as caught:
-        find_files("flux-dev", ["denoiser", "vae", "clip_l", "t5"], tmp_path / "w")
+        find_parts("flux-dev", ["denoiser", "vae", "clip_l", "t5"], tmp_path / "w")
     message = str(caught.value)
     missing = ["flux1-dev.safetensors", "text_encoder/model.safetensors"]
     missing += ["text_encoder_2/model-00002-of-00002.safetensors"]
@@ -508,21 +518,23 @@ def test_a_folder_that_lacks_files_is_told_which_and_how_to_fetch_them(tmp_path,
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="--weights .*nowhere is no folder"):
-        find_files("flux-dev", PARTS, tmp_path / "nowhere")
+        find_parts("flux-dev", PARTS, tmp_path / "nowhere")
 
 
 def test_the_hubs_cache_is_used_without_a_connection(hub):
     snapshot = hub(official())
-    found = find_files("flux-dev", PARTS)
+    found = find_parts("flux-dev", PARTS)
     assert [path for part in found.values() for path in part] == [snapshot / n for n in official()]
 
 
 def test_what_the_cache_lacks_is_downloaded_and_nothing_else(hub, monkeypatch):
     snapshot, asked = hub(official()[1:]), []
     monkeypatch.setattr(
-        files, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or hub([file])
+        huggingface_hub,
+        "hf_hub_download",
+        lambda repo, file: asked.append((repo, file)) or hub([file]),
     )
-    find_files("flux-dev", PARTS)
+    find_parts("flux-dev", PARTS)
     assert asked == [("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors")]
     assert (snapshot / "flux1-dev.safetensors").is_file()
 
@@ -530,7 +542,7 @@ def test_what_the_cache_lacks_is_downloaded_and_nothing_else(hub, monkeypatch):
 def test_without_a_connection_all_that_is_missing_is_listed(hub):
     hub(["ae.safetensors"])
     with pytest.raises(FileNotFoundError) as caught:
-        find_files("flux-dev", PARTS)
+        find_parts("flux-dev", PARTS)
     message = str(caught.value)
     missing = [name for name in official() if name != "ae.safetensors"]
     assert ", ".join(missing) in message and "\n" not in message
@@ -540,7 +552,9 @@ def test_without_a_connection_all_that_is_missing_is_listed(hub):
 
 def test_offline_mode_says_the_same(tmp_path):
     """huggingface_hub's own switch, in a process of its own, with an empty cache."""
-    code = "from nets.files import find_files; find_files('flux-schnell', ['vae', 't5_tokenizer'])"
+    code = "from nets.files import find_files; from teachers import find; "
+    code += "parts = find('flux-schnell').parts(); "
+    code += "find_files({name: parts[name] for name in ('vae', 't5_tokenizer')})"
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=env)
     last = run.stderr.decode().strip().splitlines()[-1]
@@ -561,8 +575,8 @@ def test_a_gated_repository_says_how_to_get_in(hub, monkeypatch, how):
         outer = LocalEntryNotFoundError("cannot find the requested files")
         outer.__cause__ = error
         error = outer
-    monkeypatch.setattr(files, "hf_hub_download", raising(error))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(error))
     with pytest.raises(PermissionError) as caught:
-        find_files("flux-dev", PARTS)
+        find_parts("flux-dev", PARTS)
     for words in ("https://huggingface.co/black-forest-labs/FLUX.1-dev", "`hf auth login`"):
         assert words in str(caught.value)
