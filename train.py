@@ -154,7 +154,7 @@ def draw_student(batch: Batch, nets: Nets, cfg: Config, rng_for: RngFor) -> Draw
     prediction = student(x_t, tau_start, batch.cond)
     x0, weight = schedule.x0(x_t, prediction, tau_start), omega(schedule, tau_start)
     draw = Draw(x0, x_t, prediction, tau_start, tau_end, weight)
-    if cfg.w_gan > 0 and omega(schedule, torch.tensor(taus[i])) > 0:  # the host knows
+    if cfg.w_gan > 0 and omega(schedule, torch.as_tensor(taus[i])).any():  # the host knows
         draw.real, draw.reference, draw.text = real_features(batch, disc, cfg, rng_for)
         image = augment(nets.vae.decode(x0), cfg.disc_augment, rng_for("augment made", batch.ids))
         draw.made = disc.features(image)
