@@ -141,6 +141,9 @@ class Config:
     weights: str = setting("", "folder of the official files; none: the hub")
     t5: bool = setting(True, "SD 3.5: read captions with T5 too, not with CLIP alone")
     bf16: bool = setting(True, "compute in bf16; trained weights and losses stay fp32")
+    tf32: bool = setting(
+        True, "convolutions in fp32, as the discriminator's heads have, round to 10 bits on a GPU"
+    )
     guidance: float = setting(3.5, "the teacher's scale where its images are shown", AMOUNT)
 
     student_steps: int = setting(

@@ -6,8 +6,9 @@
     DiffAugment          augment              colour, translation, cutout, of the images judged
 
 Images are (B, 3, H, W) in [-1, 1]. The heads follow the official code. The backbone may run in
-bf16; from its feature maps on everything is fp32, under autocast too. Knows nothing of files, ranks
-or configuration.
+bf16; from its feature maps on everything is fp32, under autocast too, but that some machines round
+what a convolution multiplies to TF32's ten bits if train.py lets them (--tf32). Knows nothing of
+files, ranks or configuration.
 """
 
 import math

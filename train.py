@@ -304,6 +304,7 @@ def main() -> None:
         if given.plan:
             raise SystemExit(show_plan(cfg, given))
         device, family = ranks.start(), find(cfg.teacher)
+        torch.backends.cudnn.allow_tf32 = cfg.tf32
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
         check_optimizer(cfg.optimizer)
         data = open_inputs(cfg, family)

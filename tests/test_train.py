@@ -294,6 +294,15 @@ def test_checkpoints_come_by_iterations_by_minutes_and_at_the_end(monkeypatch):
     assert run.is_due(cfg, 1, torch.device("cpu")) == (True, True)
 
 
+@pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
+def test_convolutions_in_fp32_may_be_rounded_or_not(tmp_path, command, monkeypatch, flag):
+    """On a GPU; the numbers of the CPU, which has no TF32, are the same."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", flag == "--no-tf32")
+    short = ("--steps", 1, "--batch", 2, *FLAGS[4:-1], flag, "--out", tmp_path)
+    assert command(train, *short)[0] == 0
+    assert torch.backends.cudnn.allow_tf32 == (flag == "--tf32")
+
+
 def test_sigterm_saves_and_stops(undisturbed, tmp_path):
     out, printed = tmp_path / "stopped", tmp_path / "printed.txt"
     run = processes.launch(processes.command, 0, printed, [*FLAGS, out])
