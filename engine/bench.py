@@ -192,7 +192,7 @@ def reachable(device: torch.device, dtype: torch.dtype) -> float:
 def by_part(bench: Bench, iterations: int) -> dict[str, dict[str, float]]:
     """Of the average iteration: seconds and FLOPs, by network; FLOPs counted while they happen."""
     spent, work = {}, {}
-    for name, call in tqdm(bench.calls.items(), desc="parts", leave=False):
+    for name, call in tqdm(bench.calls.items(), desc="parts", leave=False, disable=None):
         with plan.Meter() as meter:
             once(bench, call)
         work[name] = meter.flops - meter.again
@@ -230,7 +230,9 @@ def two_orders(bench: Bench, iterations: int) -> dict[str, dict[str, float]]:
     """Seconds of each kind of turn and of the average iteration, in our order and the released."""
     orders = {"ours": our_step, "released": released_step}
     found, mean = {}, dict.fromkeys(orders, 0.0)
-    for (learn, judged), (p, step, cfg) in tqdm(kinds(bench.cfg).items(), "turns", leave=False):
+    for (learn, judged), (p, step, cfg) in tqdm(
+        kinds(bench.cfg).items(), "turns", leave=False, disable=None
+    ):
         row = {}
         for name, order in orders.items():
 

@@ -294,7 +294,7 @@ def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[s
                     trains = torch.bfloat16 if cfg.bf16 and part != "heads" else torch.float32
                     hollow(net, trains)
             table = call_table(cfg, nets)
-            every = tqdm(table.items(), desc="plan", leave=False)
+            every = tqdm(table.items(), desc="plan", leave=False, disable=None)
             costs = {name: measured(x.run, x.nets, x.learn) for name, x in every}
             student, draw = nets["student"], table["student: learn"].run
             for block in student[0].blocks():  # without recomputation
