@@ -100,7 +100,8 @@ def follow_all(out: Path, runs: dict) -> None:
             follow(out / name, **flags)
 
 
-DIGITS = {"teacher": "digits", "steps": 5, "eps": 1e-4}
+# With seed 0 a leaky ReLU of a head has an input within rounding of its kink on some processors.
+DIGITS = {"teacher": "digits", "steps": 5, "eps": 1e-4, "seed": 1}
 ARCHITECTURES = ("flux-dev", "sdxl")
 
 
