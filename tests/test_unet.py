@@ -170,7 +170,7 @@ def test_names_and_shapes_are_those_of_the_official_file(name, count, size):
     wanted = {key: shape for key, (_, shape) in official(name).items()}
     assert len(wanted) == count
     with torch.device("meta"):
-        nets = find(name).build(UNETS[name], VAES[name], CLIP_L, CLIP_G)
+        nets = build(name, UNETS[name], VAES[name], CLIP_L, CLIP_G)
     ours = {key: list(tensor.shape) for key, tensor in file_tensors(name, nets).items()}
     for key in find(name).not_weights:
         assert key not in ours
@@ -189,7 +189,7 @@ def whole_file(name, tmp_path):
     clip_l, clip_g = (
         replace(c, width=4, heads=2, hidden=4, vocabulary=9) for c in (CLIP_L, CLIP_G)
     )
-    nets = find(name).build(unet, vae, clip_l, clip_g)
+    nets = build(name, unet, vae, clip_l, clip_g)
     forms = official(name)
     tensors = file_tensors(name, nets) | {key: torch.zeros(3) for key in find(name).not_weights}
     path = tmp_path / "whole.safetensors"
