@@ -302,7 +302,7 @@ def main() -> None:
     cfg, given = train_arguments(__doc__)
     with ranks.refusals():
         if given.plan:
-            raise SystemExit(show_plan(cfg, given))
+            raise SystemExit(show_plan(cfg, given, train_step))
         device, family = ranks.start(), find(cfg.teacher)
         torch.backends.cudnn.allow_tf32 = cfg.tf32
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))

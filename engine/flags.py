@@ -28,6 +28,7 @@ from config import (
     refuse,
     shown,
 )
+from engine.cards import CARDS
 from teachers import configure, find, is_named, names
 
 HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -72,6 +73,8 @@ def train_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     call.add_argument("--gpus", type=int, default=8, may=COUNT, metavar="INT", help=help)
     help, how = "of the plan, GB (10^9 bytes) of each (default: 80)", {"metavar": "FLOAT"}
     call.add_argument("--gpu-memory", type=float, default=80.0, may=POSITIVE, help=help, **how)
+    help = "of the plan: its memory and speed, and which card takes which batch"
+    call.add_argument("--card", may=Choice(tuple(CARDS)), help=help)
     help = "this text, with the defaults of the --teacher and --student-steps beside it"
     call.add_argument("--help", "-h", action="store_true", help=help)
     given = parser.parse_args()

@@ -1,0 +1,320 @@
+"""What a run takes of a GPU, read off the run itself: no GPU, no memory, no compiler.
+
+    Meter          inside it a tensor without memory stands for one of the GPU's, a real one for the
+                   host's; what a tensor of the GPU takes part in is the GPU's
+    Meter.hollow   a network whose weights have no memory; making: all that is made is so
+    Meter.watch    what a network does, forward and backward, counts as its own
+
+All are tensors of the CPU to torch, which then does as it does for CUDA where the two differ: norms
+under autocast, fused optimizers, contiguous attention. A number read off the GPU is 1, a truth is
+True. torch's own FakeTensor knows the shape of every result; most are looked up, since the same few
+hundred calls come back a hundred thousand times.
+"""
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # torch counts the attention kernels of GPUs; these are the CPU's
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
+}
+OWN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)  # other classes unwrap themselves first
+CPU = torch.device("cpu")
+FAKE = torch._C._TorchDispatchModeKey.FAKE
+RESIZING = ("resize_", "set_", "resize_as_")  # in place, and of another size
+
+
+EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
+FILLED = {aten.zeros.default, aten.ones.default, aten.full.default, aten.randn.default}
+
+
+def is_weight(args, how: dict) -> bool:
+    """Whether a new tensor could be a network's, or FSDP's, which is where weights come together:
+    the host makes no empty one of floats."""
+    like = args[0].dtype if isinstance(args[0], Tensor) else torch.float32
+    dtype, device = how.get("dtype") or like, how.get("device")
+    return dtype.is_floating_point and (device is None or device.type == "cpu")
+
+
+def tensors_in(given) -> list[Tensor]:
+    """However deep; torch's own tree_leaves takes as long as all the rest."""
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, (tuple, list)):
+        return [x for part in given for x in tensors_in(part)]
+    return []
+
+
+def form(given) -> object:
+    """Of arguments, all on which the form of a result depends."""
+    if isinstance(given, Tensor):
+        return given.shape, given.stride(), given.dtype
+    if isinstance(given, (tuple, list)):
+        return tuple([form(part) for part in given])
+    if isinstance(given, dict):
+        return tuple([(name, form(part)) for name, part in given.items()])
+    return type(given), given  # 1 and 1.0 are equal, and make other dtypes
+
+
+@functools.cache
+def kind_of(func) -> str:
+    """view: of its first argument; in place: it changes
+    its first alone; new: tensors of their own; else other."""
+    schema = func._schema
+    returned = [r.alias_info for r in schema.returns]
+    if func.namespace != "aten" or func.__name__.split(".")[0] in RESIZING:
+        return "other"
+    if schema.is_mutable:
+        written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        first = written == [schema.arguments[0].name]
+        return "in place" if not returned or (len(returned) == 1 and first) else "other"
+    if any(returned):
+        return "view" if len(tensors_in(returned)) == 0 and all(returned) else "other"
+    return "new"
+
+
+class Meter(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.storages = WeakIdKeyDictionary()  # storage -> [its bytes]
+        self.known: dict[object, list] = {}  # call -> (form of the result, FLOPs)
+        self.now, self.is_making = 0, False
+        self.part, self.doing = "", "forward"  # which network, and what it does
+        self.back = ""  # which one a backward pass is in
+        self.reset()
+
+    def reset(self) -> None:
+        """Counts anew what happens and what is highest; what is alive stays."""
+        self.peak, self.ops, self.waits, self.read = self.now, 0, 0, None
+        self.stages: dict[tuple[str, str], int] = {}  # (network, what it does) -> highest
+        self.flops: Counter[str] = Counter()  # by network
+        self.again = 0  # of these, what a backward pass computes again
+        self.kernels: Counter[tuple[int, int, bool]] = Counter()  # (FLOPs, bytes, in 16 bits)
+        self.collectives: Counter[str] = Counter()  # bytes
+        self.calls: Counter[str] = Counter()  # of a network, without a gradient
+        self.flops_of_call: dict[str, int] = {}  # of the last of these
+
+    # --- networks --------------------------------------------------------------------------------
+
+    def hollow(self, net: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """A network of the meta device, its weights in `dtype`."""
+        for module in net.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                weight = self.make(p.shape, p.stride(), dtype or p.dtype)
+                setattr(module, name, nn.Parameter(weight, p.requires_grad))
+            for name, x in list(module.named_buffers(recurse=False)):
+                setattr(module, name, self.make(x.shape, x.stride(), x.dtype))
+        return net
+
+    def make(self, shape, stride, dtype: torch.dtype) -> FakeTensor:
+        x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        x = FakeTensor(self.fake, x, CPU)
+        self.see(x)
+        return x
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> FakeTensor:
+        return self.make(shape, torch.empty(shape, device="meta").stride(), dtype)
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """New tensors inside have no memory, as networks are built of."""
+        self.is_making = True
+        yield
+        self.is_making = False
+
+    def watch(self, net: nn.Module, part: str, *methods: str) -> None:
+        """What these do counts as the part's, and the backward passes from what they return."""
+        for name in methods:
+            setattr(net, name, functools.partial(self.run, getattr(net, name), part))
+
+    def run(self, method: Callable, part: str, *args, **kwargs):
+        before, self.part, flops = self.part, part, sum(self.flops.values())
+        try:
+            out = method(*args, **kwargs)
+        finally:
+            self.part = before
+        if not torch.is_grad_enabled():
+            self.calls[part] += 1
+            self.flops_of_call[part] = sum(self.flops.values()) - flops
+        for x in tensors_in(out):
+            if x.requires_grad:
+                x.register_hook(functools.partial(self.enter, part))
+        return out
+
+    def enter(self, part: str, gradient: Tensor) -> None:
+        self.back = part
+
+    def watch_updates(self, optimizer: torch.optim.Optimizer, part: str) -> None:
+        def begin(*_) -> None:
+            self.part, self.doing = part, "update"
+
+        def end(*_) -> None:
+            self.part, self.doing = "", "forward"
+
+        optimizer.register_step_pre_hook(begin)
+        optimizer.register_step_post_hook(end)
+
+    def stage(self) -> tuple[str, str]:
+        if torch._C._current_graph_task_id() >= 0:
+            return self.back, "backward"
+        return self.part, self.doing
+
+    # --- bytes -----------------------------------------------------------------------------------
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.storages:
+            self.storages[storage] = counted = [0]
+            weakref.finalize(storage, self.count, counted, 0)
+            self.count(counted, storage.nbytes())
+
+    def count(self, counted: list[int], size: int) -> None:
+        """Bytes of one storage are now `size`."""
+        self.now, counted[0] = self.now + size - counted[0], size
+        stage = self.stage()
+        self.stages[stage] = max(self.stages.get(stage, 0), self.now)
+        self.peak = max(self.peak, self.now)
+
+    def __enter__(self):
+        """FSDP frees and takes memory by resizing storages: they are listened to."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, size):
+            resize(storage, size)
+            if storage in self.storages:
+                self.count(self.storages[storage], storage.nbytes())
+            return storage
+
+        leave = torch.autocast.__exit__
+
+        def left(self, *error):
+            leave(self, *error)
+            if torch._C._current_graph_task_id() >= 0:  # a GPU's backward pass has its own thread,
+                torch.clear_autocast_cache()  # whose outermost autocast this is
+
+        self.replaced = []
+        self.replace(torch.autocast, "__exit__", left)
+        self.replace(torch.UntypedStorage, "resize_", resize_)
+        for kind in (FakeTensor, DTensor):
+            self.replace(kind, "is_cuda", True)
+            self.replace(kind, "is_cpu", False)
+        self.replace(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        for name in ("layer_norm", "group_norm", "rms_norm"):
+            self.replace(F, name, in_fp32(getattr(F, name)))
+        return super().__enter__()
+
+    def replace(self, owner: object, name: str, value: object) -> None:
+        """Until the meter is left."""
+        self.replaced.append((owner, name, getattr(owner, name), name in vars(owner)))
+        setattr(owner, name, value)
+
+    def __exit__(self, *error):
+        for owner, name, before, own in self.replaced:
+            setattr(owner, name, before) if own else delattr(owner, name)
+        return super().__exit__(*error)
+
+    # --- what happens ----------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if any(kind not in OWN for kind in types):
+            return NotImplemented
+        if torch._C._get_dispatch_mode(FAKE) is not None:
+            return func(*args, **kwargs)  # DTensor asks for shapes, of the whole: no memory
+        flat = tensors_in((args, *kwargs.values()))
+        if not any([isinstance(x, FakeTensor) for x in flat]):
+            new = func in EMPTY or (self.is_making and func in FILLED)
+            if not (new and is_weight(args, kwargs)):
+                return func(*args, **kwargs)
+        self.ops += 1
+        if func is aten._local_scalar_dense.default:
+            storage = args[0].untyped_storage()._cdata  # a list comes number by number
+            self.waits, self.read = self.waits + (storage != self.read), storage
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.collectives[func.__name__.split(".")[0]] += sum(x.nbytes for x in flat)
+        return self.run_kernel(func, flat, args, kwargs)
+
+    def run_kernel(self, func, flat: list[Tensor], args, kwargs):
+        """Without its values."""
+        kind, flops = kind_of(func), 0
+        if kind == "view" and all([isinstance(x, FakeTensor) for x in flat]):
+            with in_kernel_invocation_manager(self.fake):
+                seen = func(*args, **kwargs)
+            if isinstance(seen, (list, tuple)):
+                return [FakeTensor(self.fake, x, CPU) for x in seen]
+            return FakeTensor(self.fake, seen, CPU)
+        if kind == "in place":
+            out = args[0] if func._schema.returns else None
+        elif kind == "new":
+            out, flops = self.look_up(func, args, kwargs)
+        else:
+            out = self.fake.dispatch(func, (), args, kwargs)
+            for x in tensors_in(out):
+                if isinstance(x, FakeTensor):
+                    self.see(x)
+        size = sum([x.nbytes for x in flat]) + sum([x.nbytes for x in tensors_in(out)])
+        half = bool(flat) and flat[0].dtype.itemsize == 2
+        self.kernels[flops, size, half] += 1
+        if flops:
+            network, doing = self.stage()
+            self.flops[network] += flops
+            self.again += flops if doing == "backward" and torch.is_grad_enabled() else 0
+        return out
+
+    def look_up(self, func, args, kwargs) -> tuple[object, int]:
+        """What it makes, and its FLOPs."""
+        key = func, form(args), form(kwargs)
+        if key in self.known:
+            many, forms, flops = self.known[key]
+            made = [each and self.make(*each) for each in forms]
+            return (made if many else made[0]), flops
+        out = self.fake.dispatch(func, (), args, kwargs)
+        parts = out if isinstance(out, (list, tuple)) else [out]
+        for x in tensors_in(parts):
+            self.see(x)
+        formula = FORMULAS.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        if all(x is None or isinstance(x, FakeTensor) for x in parts):
+            forms = [x if x is None else (x.shape, x.stride(), x.dtype) for x in parts]
+            self.known[key] = parts is out, forms, flops
+        return out, flops
+
+
+def in_fp32(norm: Callable) -> Callable:
+    """As CUDA's autocast computes it; the CPU's takes what comes."""
+
+    def widened(*args, **kwargs) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = [x.float() if isinstance(x, Tensor) else x for x in args]
+        return norm(*args, **kwargs)
+
+    return widened
