@@ -6,8 +6,8 @@
     part 4  images of FLUX.1-dev at its full depth, random weights, in 4 and 28 steps
 
 `run` does the parts asked for, writes what it has after each piece to one JSON file, and prints it.
-What fails, for lack of memory or otherwise, is recorded, and the rest goes on. What the plan finds
-too large for the GPU's memory is made smaller, step by step as `Sizes` has it, and says so.
+What fails, for lack of memory or otherwise, is recorded, and the rest goes on. What is too large
+for the GPU's memory is made smaller, step by step as `Sizes` has it, and says so.
 No file is read. The text encoders are left out, of the released order too.
 """
 
@@ -249,35 +249,43 @@ def correctness(name: str, sizes: Sizes, device: torch.device, found: dict) -> N
 # --- 2, 3: how fast, and how large? --------------------------------------------------------------
 
 
-def fitting(
-    name: str, ways: list[tuple[int, dict]], batch: int, sizes: Sizes, device: torch.device
-) -> tuple[Teacher, Config, dict]:
-    """The first of `ways` (depth, flags) that fits by the plan, or the last."""
-    for depth, flags in ways:
-        size = (sizes.side, sizes.side)
-        cfg = configure(name, size=size, batch=batch, p_backward=0.0, ema=0.0, **flags)
-        family = without_text(find(name).scaled(1.0, depth) if depth else find(name))
-        with standing_in(name, family):
-            planned = timing.planned(cfg, device)
-        if planned <= timing.free_memory(device):
-            break
-    about = {"depth": depth, "flags": flags, "batch": batch, "planned": planned}
-    return family, cfg, about | {"config": asdict(cfg)}
-
-
 def timed(cfg: Config, sizes: Sizes, device: torch.device, found: dict) -> timing.Bench:
     """Ours first: the released order needs more memory."""
     bench, n = timing.prepare(cfg, device), sizes.iterations
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     found["reachable"] = timing.reachable(device, dtype)
-    found["peak"] = timing.peak_memory(bench)
     with Kernels() as kernels:
         timing.run_turn(bench, max(timing.kinds(cfg)))
     found["attention"] = dict(kernels.seen)
+    found["peak"] = timing.peak_memory(bench)  # not in the first turn: Adam's state is new there
     found["orders"] = timing.two_orders(bench, n, ["ours"])
     found["work"] = timing.flops_of(bench)
     found["parts"] = timing.by_part(bench, n, found["work"])
     return bench
+
+
+def largest(
+    name: str,
+    ways: list[tuple[int, dict]],
+    batch: int,
+    sizes: Sizes,
+    device: torch.device,
+    found: dict,
+) -> timing.Bench:
+    """The first of `ways` (depth, flags) for which there is memory, timed."""
+    size, family = (sizes.side, sizes.side), find(name)
+    for depth, flags in ways:
+        cfg = configure(name, size=size, batch=batch, p_backward=0.0, ema=0.0, **flags)
+        found |= {"depth": depth, "flags": flags, "batch": batch, "config": asdict(cfg)}
+        FOUND[name] = without_text(family.scaled(1.0, depth) if depth else family)
+        try:
+            return timed(cfg, sizes, device, found)
+        except torch.OutOfMemoryError:
+            if (depth, flags) == ways[-1]:
+                raise
+            found.setdefault("too large", []).append(times_table(found)[0])
+        free(device)
+    raise AssertionError("there is a way")
 
 
 def released(bench: timing.Bench, sizes: Sizes, found: dict) -> None:
@@ -287,22 +295,19 @@ def released(bench: timing.Bench, sizes: Sizes, found: dict) -> None:
 
 def flux(batch: int, sizes: Sizes, device: torch.device, found: dict) -> None:
     """The first of the batches with compiled blocks, which takes minutes, and in both orders."""
-    ways = [(depth, {}) for depth in sizes.depths]
-    family, cfg, about = fitting("flux-dev", ways, batch, sizes, device)
-    found.update(about)
-    with standing_in("flux-dev", family):
-        bench = timed(cfg, sizes, device, found)
+    with standing_in("flux-dev", find("flux-dev")):
+        ways = [(depth, {}) for depth in sizes.depths]
+        bench = largest("flux-dev", ways, batch, sizes, device, found)
+        found["planned"] = timing.planned(bench.cfg, device)
         if batch == sizes.batches[0]:
             found["compile"] = timing.compiled(bench, sizes.iterations, found["work"])
             released(bench, sizes, found)
 
 
 def sdxl(sizes: Sizes, device: torch.device, found: dict) -> None:
-    ways = [(0, way) for way in sizes.lighter]
-    family, cfg, about = fitting("sdxl", ways, 1, sizes, device)
-    found.update(about)
-    with standing_in("sdxl", family):
-        bench = timed(cfg, sizes, device, found)
+    with standing_in("sdxl", find("sdxl")):
+        bench = largest("sdxl", [(0, way) for way in sizes.lighter], 1, sizes, device, found)
+        found["planned"] = timing.planned(bench.cfg, device)
         released(bench, sizes, found)
         timing.channels_last(bench)
         found["channels last"] = timing.two_orders(bench, sizes.iterations, ["ours"])
@@ -387,8 +392,8 @@ def run(parts: Iterable[int], out: Path, device: torch.device, sizes: Sizes | No
 
 def attempt(piece: Callable[[dict], None], device: torch.device) -> dict:
     """What it found, and why no more; then its memory is free."""
-    found, begin, cuda = {}, time.perf_counter(), device.type == "cuda"
-    if cuda:
+    found, begin = {}, time.perf_counter()
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
         piece(found)
@@ -399,10 +404,15 @@ def attempt(piece: Callable[[dict], None], device: torch.device) -> dict:
     except Exception:  # a GPU's time is short: the rest is worth having
         found["failed"] = traceback.format_exc()
     found["seconds"] = time.perf_counter() - begin
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    free(device)
     return found
+
+
+def free(device: torch.device) -> None:
+    """Memory of what nobody has any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def sound(found: dict) -> bool:
@@ -437,9 +447,11 @@ def shown(check: dict) -> str:
 def times_table(found: dict) -> list[str]:
     """Of `timed`, as far as it came."""
     flags = " ".join(f"--{name.replace('_', '-')} {x:g}" for name, x in found["flags"].items())
-    told = [f"{found['depth'] or 'all'} blocks {flags}"]
-    if "peak" in found:
+    told = [f"{found['depth'] or 'all'} blocks {flags}".strip()]
+    told += [f"too large: {way}" for way in found.get("too large", [])]
+    if "planned" in found:
         told += [timing.memory_line(found["peak"], found["planned"])]
+    if "reachable" in found:
         told += [f"{found['reachable'] / 1e12:.3g} TFLOP/s in a large matrix product"]
     if "attention" in found:
         told += [f"attention: {shown({'kernels': found['attention']})}"]

@@ -22,7 +22,7 @@ from small import SMALL, embedded, make_official
 import teachers
 from digits.words import SceneText
 from dmd import fake_loss
-from engine import checkpoint, ranks
+from engine import build, checkpoint, ranks
 from engine.build import count_trained, open_training_data
 from ida import ida_update
 from nets.weights import digest
@@ -94,6 +94,7 @@ def pull(out: Path | None, shard: str = "none") -> list[torch.Tensor]:
 
 def follow_all(out: Path, runs: dict) -> None:
     teachers.FOUND |= SMALL  # of this process, which ends with this
+    build.COMPILER = "eager"
     with processes.ranks_of_torchrun():
         pull(out / "ida", "fsdp")
         for name, flags in runs.items():
@@ -142,6 +143,8 @@ def two_ranks(place):
     runs = {kind: {**DIGITS, "batch": 8, "shard": kind} for kind in ("fsdp", "ddp")}
     runs["parts"] = {**DIGITS, "steps": 2, "batch": 4, "accumulate": 2, "shard": "ddp"}
     runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
+    runs["compiled"] = {**DIGITS, "steps": 2, "batch": 8, "shard": "fsdp", "compile": True}
+    runs["compiled"] |= {"recompute": True}
     runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
     processes.finish(follow_all, 2, place / "printed.txt", place, runs)
     return {name: torch.load(place / name) for name in (*runs, "ida")}
@@ -161,6 +164,12 @@ def test_two_ranks_equal_one(two_ranks, one_rank, kind):
     assert len(one_rank["weights"]) == 4
     assert any("gan" in log for log in one_rank["logs"])
     assert_same(one_rank, two_ranks[kind], 1e-6)
+
+
+def test_shards_of_compiled_blocks_compute_the_same(two_ranks):
+    """Weights come together outside of what is compiled, and once more where it is recomputed."""
+    one = follow(None, **DIGITS | {"steps": 2}, batch=16)
+    assert_same(one, two_ranks["compiled"], 1e-6)
 
 
 def test_parts_of_a_batch_equal_the_whole(one_rank):
