@@ -144,6 +144,10 @@ class Config:
     tf32: bool = setting(
         True, "convolutions in fp32, as the discriminator's heads have, round to 10 bits on a GPU"
     )
+    compile: bool = setting(False, "compile the denoisers' blocks: faster, after minutes of it")
+    channels_last: bool = setting(
+        False, "convolutions of UNet and autoencoder, in no shards: channels innermost in memory"
+    )
     guidance: float = setting(3.5, "the teacher's scale where its images are shown", AMOUNT)
 
     student_steps: int = setting(
@@ -231,6 +235,8 @@ HOUSEKEEPING = (
     "export",
     "cache",
     "weights",
+    "compile",  # this one and the next: numbers are rounded otherwise, and mean the same
+    "channels_last",
     "workers",
     "save_every",
     "save_minutes",

@@ -30,6 +30,7 @@ from config import Refusal
 from dataset.images import read_text
 from engine import ranks
 from engine.batch import encode_all
+from engine.build import channels_last, check_compiler, run_blocks
 from engine.pictures import save_png
 from nets.files import Files
 from nets.weights import DTYPES
@@ -123,6 +124,11 @@ def main() -> None:
         del text  # tens of gigabytes for the large teachers
         net = load(given, settings, family, files, device)
         vae = family.load_vae(files, dtype, device)
+        if given.compile:
+            check_compiler(device)
+            run_blocks(net, compiled=True, recompute=False)
+        for part in (net, vae) if given.channels_last else ():
+            channels_last(part)
     bar = tqdm(total=len(jobs), desc="images")
     for start in range(0, len(jobs), given.batch):
         part = jobs[start : start + given.batch]

@@ -2,6 +2,8 @@
 
 Nets, build_nets           student, fake score, teacher, discriminator and what stands around
 Learner, build_learners    a trained network and its optimizers
+run_blocks                 compiled, computed again in the backward pass, or neither
+check_compiler             whether there is one
 optimizer_class            of a name with dots
 precision                  bf16 on one device
 open_inputs                data and weights: the teacher's own, or what flags name
@@ -16,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo.config as dynamo
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -137,6 +140,8 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
 
     Several ranks share what is trained, as copies or as shards, and in shards the teacher too.
     """
+    if cfg.compile:
+        check_compiler(device)
     family = find(cfg.teacher)
     files = locate_files(cfg, family, cached=bool(cache))
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
@@ -148,12 +153,13 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     student = load(torch.float32, family.start, mesh)
     twin = partial(load, torch.float32, family.start, mesh, student)
     fake, ema = twin(), twin().requires_grad_(False) if cfg.ema else student
-    if cfg.recompute:
-        ranks.recompute(student)
-        ranks.recompute(fake)
     sharded = mesh if mesh and mesh.size(-1) > 1 else None  # a frozen network has no need of copies
     teacher = load(frozen, freeze, sharded)
     vae = family.load_vae(files, frozen, device)
+    for net in (student, fake, teacher, *([ema] if cfg.ema else [])):
+        run_blocks(net, cfg.compile, cfg.recompute and net in (student, fake))
+    for net in (student, fake, ema, teacher, vae) if cfg.channels_last else ():
+        channels_last(net)
     text = None if cache else family.load_text(files, frozen, device)
     reading = cfg.w_gan and not cache
     reader = family.load_reader(files, frozen, device) if reading else None
@@ -197,6 +203,58 @@ def load_denoiser(
         ranks.deal(net, family.read(cfg.shift, path, dtype, device), device)
     prepare(net)
     return net
+
+
+# --- how they run --------------------------------------------------------------------------------
+
+COMPILER = "inductor"  # of those that torch.compile knows
+
+
+def run_blocks(net: nn.Module, compiled: bool, recompute: bool) -> None:
+    """How a denoiser's blocks run, whatever was said before. recompute: see `ranks.recompute`.
+
+    A block's `forward` is compiled, so that its graph is inside of what is computed again, and
+    inside of the hooks by which FSDP brings weights together. Blocks alike share their graphs, of
+    any network; there is one for each shape of input, for weights that learn, and for those calls
+    that do not.
+    """
+    units = [unit for block in net.blocks() for unit in in_a_row(block)]
+    for unit in (*net.blocks(), *units):
+        unit.__dict__.pop("forward", None)
+    if compiled:
+        # Each counts all graphs of a function: a UNet's parts have a dozen shapes.
+        dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 256, 4096
+        for unit in units:
+            unit.forward = torch.compile(
+                unit.forward, fullgraph=True, dynamic=False, backend=COMPILER
+            )
+    if recompute:
+        ranks.recompute(net)
+
+
+def in_a_row(block: nn.Module) -> list[nn.Module]:
+    """A block, or the parts of one that only runs them in a row, such as a UNet's: of these more
+    are alike, and sooner compiled."""
+    if not isinstance(block, nn.Sequential):
+        return [block]
+    return [unit for part in block for unit in in_a_row(part)]
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError where torch.compile has none that works: it is first asked in an iteration."""
+    try:
+        torch.compile(torch.neg, backend=COMPILER)(torch.zeros(1, device=device))
+    except Exception as error:  # of a compiler's, anything
+        raise Refusal(f"--compile: torch.compile fails here ({ranks.reason(error)})") from None
+
+
+def channels_last(net: nn.Module) -> None:
+    """Convolutions' weights in the order that a GPU's kernels want; theirs is then their output's.
+
+    Shards stay in order: FSDP takes no other.
+    """
+    if not ranks.is_shared(net):
+        net.to(memory_format=torch.channels_last)
 
 
 def freeze(net: nn.Module) -> None:

@@ -149,6 +149,10 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     without = "SD 3.5: read prompts without T5, which need not be there then"
     parser.add_argument("--no-t5", action="store_true", help=without)
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    compile = "compile the denoiser's blocks: for many images of one size"
+    parser.add_argument("--compile", action="store_true", help=compile)
+    last = "convolutions of UNet and autoencoder: channels innermost in memory"
+    parser.add_argument("--channels-last", action="store_true", help=last)
     scale = "enlargement; default: 1, the embedded task 8"
     parser.add_argument("--scale", type=int, may=COUNT, help=scale)
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
@@ -264,7 +268,13 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     iterations = "timed, of each thing; default: 3"
     parser.add_argument("--iterations", type=int, may=COUNT, default=3, help=iterations)
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    check = "is this GPU right, and how fast? Minutes; of the flags here only --parts and --out"
+    parser.add_argument("--gpu-check", action="store_true", help=check)
+    parts, every = "of --gpu-check; default: all four, see engine/check.py", (1, 2, 3, 4)
+    may, how = Range(low=1, high=4), {"metavar": "N", "nargs": "+", "default": every}
+    parser.add_argument("--parts", type=int, may=may, help=parts, **how)
+    out = "a JSON file; default: none, of --gpu-check gpu-check.json"
+    parser.add_argument("--out", type=Path, help=out)
     given = parser.parse_args()
     flags = {name: getattr(given, name) for name in ("size", "batch", "recompute", "disc_channels")}
     try:

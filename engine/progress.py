@@ -4,6 +4,7 @@ header     whose student, on what, where
 Progress   iterations, time to go, and the losses; a student's stay in sight between its turns
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def header(
         f"{nets.family.name} -> a student of {cfg.student_steps} steps (at {taus}) by {used}; "
         f"trained weights: {counts}",
         f"{machines(device)}, {cfg.batch} x {cfg.accumulate} x {ranks.world()} samples an "
-        f"iteration of {data}, {'bf16' if cfg.bf16 else 'fp32'}, {shared(nets)}",
+        f"iteration of {data}, {numbers(cfg, device)}, {shared(nets)}"
+        f"{allocator(device)}",
         f"{out}: {state}, {where}; log.csv grows there, with pictures every {cfg.exam_every} and "
         f"checkpoints every {cfg.save_every} iterations{minutes}",
     ]
@@ -48,6 +50,22 @@ def machines(device: torch.device) -> str:
     idle = torch.cuda.device_count() - ranks.local_world()
     note = f" ({idle} more stand idle: torchrun --nproc_per_node N uses them)" if idle > 0 else ""
     return f"{world} x {torch.cuda.get_device_name(device)}{note}"
+
+
+def numbers(cfg: Config, device: torch.device) -> str:
+    """What they are computed in, and how fast."""
+    words = ["bf16" if cfg.bf16 else "fp32"]
+    words += ["TF32 convolutions of the heads"] if cfg.tf32 and device.type == "cuda" else []
+    words += ["compiled blocks"] if cfg.compile else []
+    return " with ".join(filter(None, (words[0], " and ".join(words[1:]))))
+
+
+def allocator(device: torch.device) -> str:
+    """Advice where torch hands out a GPU's memory in pieces of a fixed size."""
+    named = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if device.type != "cuda" or named:
+        return ""
+    return "; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would leave fewer gaps in memory"
 
 
 def shared(nets: Nets) -> str:

@@ -23,6 +23,7 @@ read on any number of ranks.
 """
 
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -203,8 +204,16 @@ def wants_shards(weights: int, memory: float) -> bool:
 
 
 def shard(net: nn.Module, mesh: DeviceMesh, device: torch.device, bf16: bool) -> None:
-    """Block by block, then the rest, on `device` with weights not set. bf16: to compute in."""
-    shard_units(net, [*net.blocks(), net], mesh, device, torch.bfloat16 if bf16 else None)
+    """Block by block, then the rest, on `device` with weights not set. bf16: to compute in.
+
+    Blocks run in their order, so each asks for the next one's weights before it computes, and on
+    the way back for those before it.
+    """
+    blocks = net.blocks()
+    shard_units(net, [*blocks, net], mesh, device, torch.bfloat16 if bf16 else None)
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 def shard_heads(heads: nn.ModuleList, mesh: DeviceMesh | None, device: torch.device) -> None:

@@ -70,10 +70,10 @@ def covers(allowed: set[str], name: str) -> bool:
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_point_down(name):
     """Supporting files import what is on their floor or below; nothing imports a command, but
-    bench.py times train.py's step."""
+    timing.py times train.py's step."""
     allowed = ALLOWED.get(name, ALLOWED.get(name.split(".")[0]))
     for used in imports(name):
-        timed = (name, used) == ("engine.bench", "train")
+        timed = (name, used) == ("engine.timing", "train")
         assert used not in COMMANDS | RUN_AS_MODULES or timed, f"{name} imports the command {used}"
         if allowed is not None:
             within = used.split(".")[0] == "digits" and "digits" in allowed

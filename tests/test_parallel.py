@@ -22,7 +22,7 @@ from small import SMALL, embedded, make_official
 import teachers
 from digits.words import SceneText
 from dmd import fake_loss
-from engine import checkpoint, ranks
+from engine import build, checkpoint, ranks
 from engine.build import count_trained, open_training_data
 from ida import ida_update
 from nets.weights import digest
@@ -161,6 +161,20 @@ def test_two_ranks_equal_one(two_ranks, one_rank, kind):
     assert len(one_rank["weights"]) == 4
     assert any("gan" in log for log in one_rank["logs"])
     assert_same(one_rank, two_ranks[kind], 1e-6)
+
+
+def follow_compiled(out: Path, flags: dict) -> None:
+    build.COMPILER = "eager"  # of this process, which ends with this
+    with processes.ranks_of_torchrun():
+        follow(out, **flags, shard="fsdp", compile=True, recompute=True)
+
+
+def test_shards_of_compiled_blocks_compute_the_same(tmp_path):
+    """Weights come together outside of what is compiled, and once more where it is recomputed."""
+    flags = {**DIGITS, "steps": 1}
+    out = tmp_path / "compiled"
+    processes.finish(follow_compiled, 2, tmp_path / "printed.txt", out, {**flags, "batch": 8})
+    assert_same(follow(None, **flags, batch=16), torch.load(out), 1e-6)
 
 
 def test_parts_of_a_batch_equal_the_whole(one_rank):
