@@ -71,7 +71,7 @@ def main() -> None:
         find(cfg.teacher).check_size(cfg.size)
         cfg = replace(cfg, p_backward=0.0, ema=0.0, w_gan=cfg.w_gan or 1.0)
         FOUND[cfg.teacher] = find(cfg.teacher).scaled(given.width_scale, given.depth)
-        planned, free = timing.planned(cfg, device), timing.free_memory(device)
+        planned, free = timing.planned(cfg), timing.free_memory(device)
         if planned > free:
             raise Refusal(
                 f"needs {planned / 1e9:.1f} GB and {free / 1e9:.1f} are free; "

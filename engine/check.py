@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, Refusal
-from engine import build, checkpoint, plan, timing
+from engine import build, calls, checkpoint, timing
 from schedule import draw_samples
 from teachers import FOUND, Teacher, configure, find, names, times_of
 
@@ -298,7 +298,7 @@ def flux(batch: int, sizes: Sizes, device: torch.device, found: dict) -> None:
     with standing_in("flux-dev", find("flux-dev")):
         ways = [(depth, {}) for depth in sizes.depths]
         bench = largest("flux-dev", ways, batch, sizes, device, found)
-        found["planned"] = timing.planned(bench.cfg, device)
+        found["planned"] = timing.planned(bench.cfg)
         if batch == sizes.batches[0]:
             found["compile"] = timing.compiled(bench, sizes.iterations, found["work"])
             released(bench, sizes, found)
@@ -307,7 +307,7 @@ def flux(batch: int, sizes: Sizes, device: torch.device, found: dict) -> None:
 def sdxl(sizes: Sizes, device: torch.device, found: dict) -> None:
     with standing_in("sdxl", find("sdxl")):
         bench = largest("sdxl", [(0, way) for way in sizes.lighter], 1, sizes, device, found)
-        found["planned"] = timing.planned(bench.cfg, device)
+        found["planned"] = timing.planned(bench.cfg)
         released(bench, sizes, found)
         timing.channels_last(bench)
         found["channels last"] = timing.two_orders(bench, sizes.iterations, ["ours"])
@@ -333,7 +333,7 @@ def images(sizes: Sizes, device: torch.device, found: dict) -> None:
     net = random_network(lambda: family.build(family.preset.shift), device)
     vae = random_network(family.build_vae, device)
     with device:
-        cond = plan.conditioning(family, 1, torch.bfloat16)
+        cond = calls.conditioning(family, 1, torch.bfloat16)
         eps = torch.randn(1, *family.latent_shape(side))
 
     def draw(steps: int) -> Tensor:

@@ -114,7 +114,7 @@ class Meter(TorchDispatchMode):
         self.peak, self.ops, self.waits, self.read = self.now, 0, 0, None
         self.stages: dict[tuple[str, str], int] = {}  # (network, what it does) -> highest
         self.flops: Counter[str] = Counter()  # by network
-        self.again = 0  # of these, what a backward pass computes again
+        self.again: Counter[str] = Counter()  # of these, what a backward pass computes again
         self.kernels: Counter[tuple[int, int, bool]] = Counter()  # (FLOPs, bytes, in 16 bits)
         self.collectives: Counter[str] = Counter()  # bytes
         self.calls: Counter[str] = Counter()  # of a network, without a gradient
@@ -287,7 +287,9 @@ class Meter(TorchDispatchMode):
         if flops:
             network, doing = self.stage()
             self.flops[network] += flops
-            self.again += flops if doing == "backward" and torch.is_grad_enabled() else 0
+            # Only what is computed again wants a gradient inside a backward pass.
+            again = doing == "backward" and torch.is_grad_enabled()
+            self.again[network] += flops if again else 0
         return out
 
     def look_up(self, func, args, kwargs) -> tuple[object, int]:

@@ -40,8 +40,8 @@ class Turn:
     stages: dict[tuple[str, str], int]  # (network, what it does) -> bytes, at the highest
     peak: int
     flops: Counter  # by network; with what is computed again
-    again: int
-    loaded: Counter  # of these, for the batch
+    again: Counter  # of these, what is computed again
+    loaded: Counter  # and what the batch took
     kernels: Counter
     collectives: Counter  # bytes
     waits: int

@@ -30,7 +30,7 @@ import train
 from config import Config, Refusal
 from discriminator import augment, disc_loss, gan_loss, omega
 from dmd import fake_loss, student_input
-from engine import build, plan
+from engine import build, calls, plan
 from ida import ida_update
 from schedule import Rng
 from teachers import find
@@ -44,36 +44,36 @@ class Bench:
 
     cfg: Config
     device: torch.device
-    made: dict[str, list[nn.Module]]  # as plan.networks gives them
+    made: dict[str, list[nn.Module]]  # as calls.networks gives them
     nets: train.Nets
     opts: dict[str, train.Learner]
     batch: train.Batch
     vae_fp32: nn.Module  # what the released order decodes with
-    calls: dict[str, plan.Call]
+    calls: dict[str, calls.Call]
 
 
 def prepare(cfg: Config, device: torch.device) -> Bench:
     torch.manual_seed(cfg.seed)
     frozen, family = torch.bfloat16 if cfg.bf16 else torch.float32, find(cfg.teacher)
     with device:
-        made = plan.networks(cfg)
+        made = calls.networks(cfg)
         for part in ("teacher", "VAE", "text", "backbone"):
             made[part] = [net.to(frozen) for net in made[part]]
         (student,), (teacher,), (vae,), (disc,) = (
             made[part] for part in ("student", "teacher", "VAE", "disc")
         )
         fake = copy.deepcopy(student)
-        cond, uncond = (plan.conditioning(family, cfg.batch, frozen) for _ in range(2))
+        cond, uncond = (calls.conditioning(family, cfg.batch, frozen) for _ in range(2))
         images = torch.rand(cfg.batch, 3, *cfg.size) * 2 - 1
         text = torch.randn(cfg.batch, family.embedding_width())
         x0_real = torch.randn(cfg.batch, *family.latent_shape(cfg.size))
         null = uncond if family.uses_null else None
         batch = train.Batch(range(cfg.batch), images, x0_real, cond, null, text)
         nets = train.Nets(family, student, fake, teacher, disc, vae, student)
-        calls = plan.call_table(cfg, made)
+        table = calls.call_table(cfg, made)
     vae_fp32 = copy.deepcopy(vae).float()
     opts = train.build_learners(nets, cfg)
-    bench = Bench(cfg, device, made, nets, opts, batch, vae_fp32, calls)
+    bench = Bench(cfg, device, made, nets, opts, batch, vae_fp32, table)
     run_blocks(bench, cfg.compile)
     if cfg.channels_last:
         channels_last(bench)
@@ -183,7 +183,7 @@ def autocast(bench: Bench) -> torch.autocast:
     return torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.cfg.bf16)
 
 
-def once(bench: Bench, call: plan.Call) -> None:
+def once(bench: Bench, call: calls.Call) -> None:
     """One of plan's calls, for real."""
     with autocast(bench), torch.set_grad_enabled(call.learn):
         out = list(call.run())
@@ -203,8 +203,8 @@ def reachable(device: torch.device, dtype: torch.dtype) -> float:
 def times_called(bench: Bench) -> dict[str, float]:
     """How often the average iteration makes each of plan's calls."""
     found = defaultdict(float)
-    for p, turn in plan.turns(bench.cfg):
-        for name, n in plan.calls(turn, bench.cfg).items():
+    for p, turn in calls.turns(bench.cfg):
+        for name, n in calls.calls(turn, bench.cfg).items():
             found[name] += p * n
     return {name: n for name, n in found.items() if n}
 
@@ -212,17 +212,17 @@ def times_called(bench: Bench) -> dict[str, float]:
 def calls_of(bench: Bench) -> list[str]:
     """Names of plan's calls that an iteration makes, but the fake score's, which are the student's;
     a batch is there before it."""
-    return [name for name in bench.calls if name not in plan.loading(cached=False)]
+    return [name for name in bench.calls if name not in calls.loading(cached=False)]
 
 
 def flops_of(bench: Bench) -> dict[str, float]:
     """FLOPs of each call, counted while it runs; not where blocks are compiled."""
     work = {}
     for name in calls_of(bench):
-        with plan.Meter() as meter:
+        with calls.Tally() as meter:
             once(bench, bench.calls[name])
         work[name] = meter.flops - meter.again
-    return plan.alike(work)
+    return calls.alike(work)
 
 
 def by_part(bench: Bench, iterations: int, work: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -231,8 +231,8 @@ def by_part(bench: Bench, iterations: int, work: dict[str, float]) -> dict[str, 
     for name in tqdm(calls_of(bench), desc="parts", leave=False, disable=None):
         call = bench.calls[name]
         spent[name] = seconds(lambda call=call: once(bench, call), iterations, bench.device)
-    spent = plan.alike(spent)
-    found = {part: {"seconds": 0.0, "flops": 0.0} for part in plan.PARTS if part != "text"}
+    spent = calls.alike(spent)
+    found = {part: {"seconds": 0.0, "flops": 0.0} for part in calls.PARTS if part != "text"}
     for name, n in times.items():
         part = found[name.split(":")[0]]
         part["seconds"] += n * spent[name]
@@ -245,7 +245,7 @@ def kinds(cfg: Config) -> dict[tuple[bool, bool], tuple[float, int, Config]]:
     with torch.device("meta"):
         schedule = find(cfg.teacher).build(cfg.shift).schedule
     taus, found = train.anchors(cfg, schedule), {}
-    for p, turn in plan.turns(cfg):
+    for p, turn in calls.turns(cfg):
         kind = turn.learn, turn.judged
         share = found[kind][0] if kind in found else 0.0
         for step in range(1, 1000):
@@ -323,7 +323,7 @@ def peak_memory(bench: Bench) -> float:
     held = [nets.student, nets.fake, nets.teacher, nets.vae, nets.disc]
     known = [x for net in held for x in (*net.parameters(), *net.buffers())] + state
     known += [batch.images, batch.x0_real, *batch.cond.values()]
-    meter = plan.Meter(known)
+    meter = calls.Tally(known)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         meter = contextlib.nullcontext()
@@ -331,12 +331,12 @@ def peak_memory(bench: Bench) -> float:
         run_turn(bench, max(kinds(bench.cfg)))  # the student's turn, judged if any is
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return sum(x.nbytes for x in known) + plan.peak(meter.history, 1)
+    return sum(x.nbytes for x in known) + meter.peak
 
 
-def planned(cfg: Config, device: torch.device) -> int:
+def planned(cfg: Config) -> int:
     """Bytes of the same by the plan: alone, from a cache."""
-    return plan.Measured(cfg, device.type == "cuda").plan(1, cached=True).total
+    return plan.measure(replace(cfg, cache="cache"), train.train_step).total
 
 
 def attention_backends(bench: Bench, iterations: int) -> dict[str, float | None]:
