@@ -281,6 +281,8 @@ class Meter(TorchDispatchMode):
             for x in tensors_in(out):
                 if isinstance(x, FakeTensor):
                     self.see(x)
+        for x in flat:  # what the host has sent
+            self.see(x)
         size = sum([x.nbytes for x in flat]) + sum([x.nbytes for x in tensors_in(out)])
         half = bool(flat) and flat[0].dtype.itemsize == 2
         self.kernels[flops, size, half] += 1

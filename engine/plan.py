@@ -224,23 +224,20 @@ def cards(plan: Plan, twice: Plan) -> list[str]:
     return [*lines, "  (by roofline: real runs take about twice as long)"]
 
 
-def changes(plan: Plan, train_step: Callable, memory: float) -> list[str]:
-    """What makes it smaller, each alone, and what that would need."""
-    cfg, gpus = plan.cfg, plan.gpus
-    tried = [] if cfg.cache else [("--cache DIR", {"cache": "cache"}, gpus)]
-    tried += [(f"{n} GPUs", {}, n) for n in (2 * gpus, 4 * gpus)]
-    tried += [("--recompute", {"recompute": True}, gpus), ("--batch 1", {"batch": 1}, gpus)]
-    tried += [("--disc-channels 256", {"disc_channels": 256}, gpus)] if cfg.w_gan else []
-    half = tuple(n // 2 for n in cfg.size)
-    tried += [("--size {} {}".format(*half), {"size": half}, gpus)]
-    lines = []
-    for name, fields, count in tried:
-        changed = dataclasses.replace(cfg, **fields)
-        if (changed, count) != (cfg, gpus):
-            other = measure(dataclasses.replace(changed, ttur=1), train_step, count, memory)
-            shown = "  fits" if fits(other, memory) else ""
-            lines.append(f"  {name:<36}{other.total / 1e9:>8.2f}{shown}")
-    return lines
+def changes(plan: Plan) -> list[tuple[str, dict, int]]:
+    """What makes it smaller, each alone: flags, fields of the configuration, GPUs."""
+    cfg, gpus, half = plan.cfg, plan.gpus, tuple(n // 2 for n in plan.cfg.size)
+    tried = [
+        ("--cache DIR", {"cache": "cache"}, gpus),
+        (f"{2 * gpus} GPUs", {}, 2 * gpus),
+        (f"{4 * gpus} GPUs", {}, 4 * gpus),
+        ("--recompute", {"recompute": True}, gpus),
+        ("--disc-channels 256", {"disc_channels": 256} if cfg.w_gan else {}, gpus),
+        ("--batch 1", {"batch": 1}, gpus),
+        ("--size {} {}".format(*half), {"size": half}, gpus),
+    ]
+    same = [(name, {k: getattr(cfg, k) for k in fields}, gpus) for name, fields, _ in tried]
+    return [one for one, other in zip(tried, same, strict=True) if one != other]
 
 
 def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> int:
@@ -253,13 +250,16 @@ def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> i
     plan = measure(cfg, train_step, given.gpus, memory)
     print(report(plan, memory))
     if given.card:
-        print(
-            f"{f'seconds of an iteration, {given.card}':<38}{seconds(plan, CARDS[given.card]):>16.4g}"
-        )
+        name, spent = f"seconds of an iteration, {given.card}", seconds(plan, CARDS[given.card])
+        print(f"{name:<38}{spent:>16.4g}")
         twice = dataclasses.replace(cfg, batch=2 * cfg.batch)
         print("\n".join(["", *cards(plan, measure(twice, train_step, given.gpus, memory))]))
     if fits(plan, memory):
         return 0
     print("\nwhat to change, each alone, and what it then needs (GB per GPU)")
-    print("\n".join(changes(plan, train_step, memory)))
+    for name, fields, count in changes(plan):
+        changed = dataclasses.replace(cfg, **fields, ttur=1)  # a student's turn has the peak
+        other = measure(changed, train_step, count, memory)
+        shown = "  fits" if fits(other, memory) else ""
+        print(f"  {name:<36}{other.total / 1e9:>8.2f}{shown}", flush=True)
     return 1

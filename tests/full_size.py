@@ -34,7 +34,7 @@ from machine import Machine, pretend, pretend_ranks  # isort: skip (before torch
 
 import torch
 from PIL import Image
-from small import in_hf_names, write_tokenizer
+from small import in_hf_names, shallow, write_tokenizer
 
 import teachers
 import train
@@ -100,20 +100,6 @@ def pictures(folder: Path, size: tuple[int, int]) -> None:
         height, width = size if k < 4 else (size[0] // 2, size[1])
         Image.new("RGB", (width, height), (30 * k, 90, 120)).save(folder / f"{k}.png")
         (folder / f"{k}.txt").write_text(f"a red three {k}")
-
-
-def shallow(family: Teacher, depth: int) -> Teacher:
-    """As wide as it is, but few blocks of everything, and two heads of the discriminator's."""
-    family = family.scaled(1.0, depth)
-    sizes = family.sizes
-    few = {name: getattr(sizes, name) for name in ("clip_l", "clip_g", "t5")}
-    few = {name: replace(cfg, depth=2) for name, cfg in few.items() if cfg}
-    for name in ("denoiser", "vae"):  # of convolutions: per level
-        cfg = getattr(sizes, name)
-        few |= {name: replace(cfg, blocks=1)} if "blocks" in vars(cfg) else {}
-    few["backbone"] = replace(family.backbone(), depth=2, hooks=(1,))
-    few["reader"] = replace(family.reader(), depth=2)
-    return family.resized(replace(sizes, **few))
 
 
 def prepare(name: str, depth: int, folder: Path, size: tuple[int, int]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from nets.vision import (
     ViT,
     hf_names,
 )
-from teachers import Networks, find
+from teachers import Networks, Teacher, find
 
 WORDS = 514  # single bytes, single bytes that end a word, two special tokens
 SMALL_L = replace(CLIP_L, width=12, depth=2, heads=2, hidden=24, vocabulary=WORDS)
@@ -81,6 +81,20 @@ SIZES = {
 
 SMALL = {name: find(name).resized(sizes) for name, sizes in SIZES.items()}
 OFFICIAL = {name: find(name).parts() for name in SIZES}  # files by part
+
+
+def shallow(family: Teacher, depth: int) -> Teacher:
+    """As wide as it is, but few blocks of everything, and two heads of the discriminator's."""
+    family = family.scaled(1.0, depth)
+    sizes = family.sizes
+    few = {name: getattr(sizes, name) for name in ("clip_l", "clip_g", "t5")}
+    few = {name: replace(cfg, depth=2) for name, cfg in few.items() if cfg}
+    for name in ("denoiser", "vae"):  # of convolutions: per level
+        cfg = getattr(sizes, name)
+        few |= {name: replace(cfg, blocks=1)} if "blocks" in vars(cfg) else {}
+    few["backbone"] = replace(family.backbone(), depth=2, hooks=(1,))
+    few["reader"] = replace(family.reader(), depth=2)
+    return family.resized(replace(sizes, **few))
 
 
 def make_official(teacher: str, folder: Path) -> None:
