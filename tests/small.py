@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from model import FluxConfig, MMDiTConfig
 from nets.clip import CLIP, CLIP_G, CLIP_L, to_open_clip
@@ -139,3 +139,18 @@ def write_tokenizer(path: Path) -> None:
         path.write_text(json.dumps({word: i for i, word in enumerate(words)}))
     else:
         path.write_text("#version: 0.2\n")
+
+
+def write_qwen3_tokenizer(path: Path) -> None:
+    """A small tokenizer.json of Qwen3's kind: the rules of the official one, 384 words."""
+    golden = Path(__file__).parent / "golden" / "qwen3_tokens.json"
+    about = json.loads(golden.read_text(encoding="utf-8"))
+    ids = {word: i for i, word in enumerate(about["vocab_in_order"])}
+    tokenizer = Tokenizer(models.BPE(ids, [tuple(pair) for pair in about["merges"]]))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(about["rules"]["split_regex"]), behavior="isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytewise])
+    tokenizer.add_special_tokens(about["special_tokens"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
