@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from model import FluxConfig, MMDiTConfig
+from model import FluxConfig
 from nets.clip import CLIP, CLIP_G, CLIP_L, to_open_clip
 from nets.files import SHARED
+from nets.mmdit import MMDiTConfig
 from nets.text import T5, T5Config
 from nets.unet import UNETS
 from nets.vae import VAE, VAES

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from model import Flux, FluxConfig, attention, kept_rotations, rotate, silence_guidance
+from model import Flux, FluxConfig, kept_rotations, silence_guidance
+from nets.layers import attention, rotate
 from nets.weights import read_metadata, save_weights
 from schedule import Flow, guided
 from teachers import find
