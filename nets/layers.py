@@ -65,10 +65,11 @@ def count_patches(x_t: Tensor, patch: int) -> tuple[int, int]:
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, patch: int, channels: int):
+    def __init__(self, width: int, patch: int, channels: int, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(width, patch * patch * channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = nn.Linear(width, patch * patch * channels, bias=bias)
+        modulation = nn.Linear(width, 2 * width, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
