@@ -11,11 +11,10 @@ from config import Config
 from nets.files import Files, Part
 from teachers import Networks, Teacher, scaled_heads
 
-TOKENS = 512  # of a caption, template and padding included
 TAPS = (9, 18, 27)  # layers of Qwen3 after which its states are read
 
-# At 1024 x 1024. The losses' times are shifted as the teacher's own 50 steps are (e^mu = 7.56), since
-# there it knows what it teaches. The anchors are the makers' few steps (e^mu about 10), where their
+# At 1024 x 1024. The losses' times are shifted as the teacher's own 50 steps are (e^mu = 7.56): it
+# teaches where it is sampled. The anchors are the makers' few steps (e^mu about 10), where their
 # own student is called. Other sizes have other shifts; see docs/klein.md.
 SHIFT = 7.56
 ANCHORS = {
@@ -60,6 +59,7 @@ def mean_shift(tokens: int, steps: int) -> float:
 
 class Klein(Teacher):
     repo, file = "black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors"
+    tokens = 512  # of a caption, template and padding included
     shards, loose = 2, "qwen_3_4b.safetensors"  # of the text encoder; in one file elsewhere
     released = {
         "flux-2-klein-4b.safetensors": {
@@ -114,17 +114,17 @@ class Klein(Teacher):
     def load_text(self, files: Files, *how):
         from nets.qwen3 import KleinText, Qwen3, check_release, qwen3_tokenizer
 
-        tokenizer = qwen3_tokenizer(*files["llm_tokenizer"], TOKENS, pad=True)
+        tokenizer = qwen3_tokenizer(*files["llm_tokenizer"], self.tokens, pad=True)
         check_release(self.sizes.llm, files["llm"])
         return KleinText(self.load_part(Qwen3, self.sizes.llm, "llm", files, *how), tokenizer)
 
     def cond_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"context": (TOKENS, self.sizes.denoiser.context_width)}
+        return {"context": (self.tokens, self.sizes.denoiser.context_width)}
 
     def text_networks(self, t5: bool = True) -> list:
         from nets.qwen3 import Qwen3
 
-        return [(Qwen3(self.sizes.llm), TOKENS)]
+        return [(Qwen3(self.sizes.llm), self.tokens)]
 
     def sampling_times(self, schedule, steps: int, size: tuple[int, int]) -> list[float]:
         import math
