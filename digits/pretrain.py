@@ -34,7 +34,7 @@ from digits.scenes import DigitScenes, Scenes
 from digits.words import SceneText
 from ida import ida_update
 from measure.distances import to_uint8
-from model import MMDiT
+from nets.mmdit import MMDiT
 from nets.vision import ViT
 from nets.weights import save_weights
 from schedule import generator, grid

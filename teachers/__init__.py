@@ -5,10 +5,10 @@
     names        the teachers that come with the project
     configure    a teacher's preset with flags over it
 
-One file per family: digits.py, flux.py, sd35.py, sdxl.py (SDXL and SD 1.5), each with a dict
-TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Nobody
-outside this folder asks for a teacher's name or kind. Networks are imported where they are built,
-so that presets, names and --help need no torch.
+One file per family: digits.py, flux.py, klein.py, sd35.py, sdxl.py (SDXL, SD 1.5), each with a dict
+TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Whose
+student a file is: students.py. Nobody outside this folder asks for a teacher's name or kind.
+Networks are imported where they are built, so that presets, names and --help need no torch.
 
 B batch, C H W latent, T text tokens.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -48,6 +47,7 @@ class Networks:
     clip_l: object = None
     clip_g: object = None
     t5: object = None
+    llm: object = None  # a language model that reads captions
     backbone: object = None  # of the discriminator; None: DINOv2 ViT-L/14
     reader: object = None  # of captions, for the discriminator; None: CLIP ViT-L/14
 
@@ -59,6 +59,10 @@ class Teacher:
     # null caption; "input": the scale is an input of the network; "none": a few-step model.
     guided_by = "null"
     only_sampled = False  # a few-step model itself: sample.py draws with it, train.py refuses it
+    # Few-step models its makers distilled from it, by the name of their file: what a student's
+    # metadata would say (see students.py); sample.py and evaluate.py take them for students.
+    released: dict[str, dict[str, str]] = {}
+    licence = ""  # said by --help, where it is not free
     sampled_at_once = 1  # images at a time, by default; sample.py and evaluate.py ask
     measured_at_once = 8  # images that evaluate.py's networks take at a time
     enlarged = 1  # how many pixels of a PNG a pixel becomes; sample.py asks
@@ -401,6 +405,8 @@ FAMILIES = {  # which file of this folder has a teacher
     "flux-schnell": "flux",
     "sd35-large": "sd35",
     "sd35-medium": "sd35",
+    "klein": "klein",
+    "klein-9b": "klein",
     "sdxl": "sdxl",
     "sd15": "sdxl",
 }
@@ -447,53 +453,15 @@ def names(trained: bool = True) -> list[str]:
     return [name for name in FAMILIES if not (trained and find(name).only_sampled)]
 
 
+def listed() -> str:
+    """The names that --help gives, with what is to be known of a licence."""
+    licences = {name: find(name).licence for name in names()}
+    return ", ".join(f"{name} ({what})" if what else name for name, what in licences.items())
+
+
 def configure(teacher: str = "digits", **flags) -> Config:
     """The preset, what its number of student steps changes, then the flags. ValueError."""
     found = find(teacher)
     if found.only_sampled:
         raise Refusal(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
     return resolve(replace(found.preset, teacher=teacher), found.fewer, found.name, **flags)
-
-
-# --- students ------------------------------------------------------------------------------------
-
-
-def read_student(path: Path) -> dict[str, str]:
-    """The metadata of a student's file: teacher, taus, steps, sampler, shift, size."""
-    from nets.weights import read_metadata
-
-    about = read_metadata(path)
-    if "teacher" not in about:
-        raise Refusal(f"{path} is not a student saved by train.py: it does not name its teacher")
-    return about
-
-
-def teacher_of(path: Path, given: str | None = None) -> Teacher:
-    """The teacher of a student's file. given: --teacher, needed where it is one of one's own."""
-    name = read_student(path)["teacher"]
-    if given is None and name not in FAMILIES:
-        raise Refusal(
-            f'{path} is a student of "{name}", a teacher of your own; give its file: --teacher FILE'
-        )
-    found = find(given or name)
-    if found.name != name:
-        raise Refusal(f"--teacher {given}: {path} is a student of {name}")
-    return found
-
-
-def load_student(path: Path, *how, teacher: str | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """A student and its metadata. how: dtype and device, as in `Teacher.load`."""
-    about = read_student(path)
-    return teacher_of(path, teacher).load(float(about["shift"]), path, *how), about
-
-
-def times_of(family: Teacher, schedule, steps: int, size, student: bool) -> list[float]:
-    """Where a teacher is called; a student at another number of steps than its own: evenly."""
-    from schedule import grid
-
-    return grid(schedule, steps) if student else family.sampling_times(schedule, steps, size)
-
-
-def student_taus(about: dict[str, str]) -> tuple[float, ...]:
-    """The student's anchors."""
-    return tuple(json.loads(about["taus"]))

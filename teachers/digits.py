@@ -56,7 +56,7 @@ class Digits(Teacher):
 
     def full_size(self) -> Networks:
         from digits.words import SceneText
-        from model import MMDiTConfig
+        from nets.mmdit import MMDiTConfig
         from nets.vision import ViTConfig
 
         return Networks(
@@ -74,7 +74,7 @@ class Digits(Teacher):
         )
 
     def build(self, shift: float):
-        from model import MMDiT
+        from nets.mmdit import MMDiT
         from schedule import Flow
 
         return MMDiT(self.sizes.denoiser, Flow(shift))

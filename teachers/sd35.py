@@ -69,8 +69,8 @@ class SD35(Teacher):
         return parts
 
     def full_size(self) -> Networks:
-        from model import MMDiTConfig
         from nets.clip import CLIP_G, CLIP_L
+        from nets.mmdit import MMDiTConfig
         from nets.text import T5_XXL
         from nets.vae import VAES
 
@@ -79,7 +79,7 @@ class SD35(Teacher):
         return Networks(denoiser, VAES["sd35"], CLIP_L, CLIP_G, T5_XXL)
 
     def build(self, shift: float):
-        from model import MMDiT
+        from nets.mmdit import MMDiT
         from schedule import Flow
 
         return MMDiT(self.sizes.denoiser, Flow(shift))

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from model import Flux, FluxConfig, attention, kept_rotations, rotate, silence_guidance
+from model import Flux, FluxConfig, kept_rotations, pack, silence_guidance, unpack
+from nets.layers import attention, rotate
 from nets.weights import read_metadata, save_weights
 from schedule import Flow, guided
 from teachers import find
@@ -107,9 +108,9 @@ def test_flux_equals_the_reference_block_by_block(reference):
 
 def test_packing_is_channel_row_column_and_unpacking_its_inverse(reference):
     net, (x_t, _, _), golden = reference
-    packed = net.pack(x_t, 3, 5)
+    packed = pack(x_t, 3, 5)
     assert torch.equal(packed, golden["inputs/img"]), "a patch's values run over c, row, column"
-    assert torch.equal(net.unpack(packed, 3, 5), x_t)
+    assert torch.equal(unpack(packed, 3, 5, net.cfg.patch), x_t)
 
 
 @pytest.mark.parametrize("teacher, count", [("flux-dev", 780), ("flux-schnell", 776)])
