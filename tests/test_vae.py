@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from nets.vae import VAE, VAES, Pixels, VAEConfig
+from config import Refusal
+from nets.vae import (
+    FLUX2_NAMES,
+    VAE,
+    VAES,
+    Pixels,
+    VAEConfig,
+    load_vae,
+    renamed,
+    to_diffusers,
+)
 from nets.weights import read_metadata
 
 HERE = Path(__file__).parent
@@ -81,8 +92,9 @@ def test_latents_have_the_published_scale_and_shift(vae):
     net, golden = vae
     published = json.loads((HERE / "golden" / "schedules.json").read_text())["vae"]
     names = {"flux": "FLUX", "sd35": "SD3.5", "sdxl": "SDXL", "sd15": "SD1.5"}
-    assert VAES.keys() == names.keys()
-    for name, cfg in VAES.items():
+    assert VAES.keys() == names.keys() | {"flux2"}
+    for name in names:
+        cfg = VAES[name]
         numbers = published[names[name]]
         scale, shift = numbers["scale"], numbers["shift"]
         assert (cfg.scale, cfg.shift, cfg.channels) == (scale, shift, numbers["channels"])
@@ -176,6 +188,95 @@ def test_low_precision_weights_keep_the_dtype_of_what_they_are_given(vae):
     ]:
         assert got.dtype == torch.float32
         assert (got - wanted).norm() < 0.03 * wanted.norm()
+
+
+# --- FLUX.2 --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory):
+    """Sizes, the reference, and files of its weights under the makers' and diffusers' names."""
+    path, folder = HERE / "golden" / "vae_flux2.safetensors", tmp_path_factory.mktemp("flux2")
+    golden, size = load_file(path), json.loads(read_metadata(path)["config"])
+    cfg = VAEConfig(
+        channels=size["z_channels"],
+        fold=2,
+        quant=True,
+        width=size["ch"],
+        multipliers=tuple(size["ch_mult"]),
+        blocks=size["num_res_blocks"],
+        groups=size["norm_num_groups"],
+    )
+    bfl = {k.removeprefix("weights/"): v for k, v in golden.items() if k.startswith("weights/")}
+    files = {"bfl": bfl, "diffusers": {}}
+    for name, theirs in size["diffusers_names"].items():
+        matrix = ".attentions." in theirs and bfl[name].ndim == 4
+        files["diffusers"][theirs] = bfl[name].flatten(1) if matrix else bfl[name]
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return cfg, golden, folder
+
+
+NOT_WEIGHTS = ("bn.num_batches_tracked",)
+
+
+@pytest.mark.parametrize("names", ["bfl", "diffusers"])
+def test_flux2s_autoencoder_equals_the_reference_under_either_names(flux2, names):
+    """Mean, folding, statistics; the way back. References agree to 7e-6."""
+    cfg, golden, folder = flux2
+    with torch.device("meta"):
+        net = VAE(cfg)
+    load_vae(net, folder / f"{names}.safetensors", ignore=NOT_WEIGHTS).requires_grad_(False)
+    mean, logvar = net.moments(golden["inputs/image"])
+    close(mean, golden["outputs/mean"])
+    close(logvar, golden["outputs/logvar"])
+    latent, packed = net.encode(golden["inputs/image"]), golden["outputs/packed"]
+    close(F.pixel_unshuffle(mean, 2), packed)
+    close(latent, golden["outputs/latent"])
+    assert latent.shape[1] == net.channels == 16 and net.factor == 16
+    close(net.bn.restore(golden["inputs/latent"]), golden["outputs/denormalised"])
+    close(F.pixel_shuffle(golden["outputs/denormalised"], 2), golden["outputs/unpacked"])
+    close(net.decode(golden["inputs/latent"]), golden["outputs/decoded"])
+
+
+@pytest.mark.parametrize("manifest, table", [("flux2_ae", FLUX2_NAMES), ("flux2_klein_vae", None)])
+def test_flux2s_names_and_shapes_are_those_of_the_official_files(manifest, table):
+    """At full size; in diffusers' file the attention's weights are matrices."""
+    official = json.loads((HERE / "manifests" / f"{manifest}.json").read_text())
+    assert official.pop(*NOT_WEIGHTS)[0] == "I64"
+    with torch.device("meta"):
+        net = VAE(VAES["flux2"])
+    ours = {}
+    for name, tensor in net.state_dict().items():
+        theirs = to_diffusers(name, 4) if table is None else renamed(name, table)
+        ours[theirs] = list(tensor.shape[:2] if ".attentions." in theirs else tensor.shape)
+    assert ours == {name: shape for name, (_, shape) in official.items()}
+    assert len(ours) == 250 and net.channels == 128 and net.factor == 16
+
+
+def test_flux1s_autoencoder_is_read_under_diffusers_names_too(tmp_path):
+    """As Z-Image's repository has it. Bit for bit."""
+    net, _ = make("vae_z16")
+    theirs = {to_diffusers(name, 4): tensor for name, tensor in net.state_dict().items()}
+    theirs = {k: v.flatten(1) if ".to_" in k and v.ndim == 4 else v for k, v in theirs.items()}
+    save_file(theirs, tmp_path / "vae.safetensors")
+    with torch.device("meta"):
+        other = VAE(net.cfg)
+    load_vae(other, tmp_path / "vae.safetensors")
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name]), name
+
+
+def test_another_autoencoder_is_refused_under_either_names(flux2, tmp_path):
+    """FLUX.2's where FLUX.1's is wanted: names in one line, and nothing is assigned."""
+    cfg, _, folder = flux2
+    net = VAE(replace(cfg, fold=1, quant=False))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for names, first in (("bfl", "bn.running_mean"), ("diffusers", "bn.running_mean")):
+        with pytest.raises(Refusal, match="holds another network") as error:
+            load_vae(net, folder / f"{names}.safetensors", ignore=NOT_WEIGHTS)
+        assert first in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_pixels_are_latents_of_factor_one():
