@@ -28,7 +28,7 @@ from config import (
     refuse,
     shown,
 )
-from teachers import configure, find, is_named, names
+from teachers import configure, find, is_named, listed, names
 
 HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
@@ -100,7 +100,7 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
         options = {"default": None, "help": about["help"].replace("%", "%%")}
         if field.name == "teacher":
             options["default"] = "digits"
-            options["help"] += f": {', '.join(names())}, or a file of your own, mine.py"
+            options["help"] += f": {listed()}, or a file of your own, mine.py"
         if kind is bool:
             action = argparse.BooleanOptionalAction
             flags[field.name] = group.add_argument(name, action=action, **options)

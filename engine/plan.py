@@ -33,6 +33,7 @@ import model
 from config import Config
 from discriminator import Discriminator, disc_loss, gan_loss
 from engine import ranks
+from nets.qwen3 import kept_turns
 from nets.text import kept_buckets
 from nets.vision import per_channel
 from schedule import Cond, grid
@@ -307,7 +308,7 @@ def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[s
 
 def forget_tables() -> None:
     """What networks keep for each device: tables with memory and without do not mix."""
-    for kept in (model.kept_rotations, per_channel, kept_buckets):
+    for kept in (model.kept_rotations, per_channel, kept_buckets, kept_turns):
         kept.cache_clear()
 
 

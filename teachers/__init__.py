@@ -47,6 +47,7 @@ class Networks:
     clip_l: object = None
     clip_g: object = None
     t5: object = None
+    llm: object = None  # a language model that reads captions
     backbone: object = None  # of the discriminator; None: DINOv2 ViT-L/14
     reader: object = None  # of captions, for the discriminator; None: CLIP ViT-L/14
 
@@ -58,6 +59,10 @@ class Teacher:
     # null caption; "input": the scale is an input of the network; "none": a few-step model.
     guided_by = "null"
     only_sampled = False  # a few-step model itself: sample.py draws with it, train.py refuses it
+    # Few-step models its makers distilled from it, by the name of their file: what a student's
+    # metadata would say (see students.py); sample.py and evaluate.py take them for students.
+    released: dict[str, dict[str, str]] = {}
+    licence = ""  # said by --help, where it is not free
     sampled_at_once = 1  # images at a time, by default; sample.py and evaluate.py ask
     measured_at_once = 8  # images that evaluate.py's networks take at a time
     enlarged = 1  # how many pixels of a PNG a pixel becomes; sample.py asks
@@ -449,6 +454,12 @@ def from_file(path: Path) -> Teacher:
 def names(trained: bool = True) -> list[str]:
     """trained: without the few-step models, which are only sampled."""
     return [name for name in FAMILIES if not (trained and find(name).only_sampled)]
+
+
+def listed() -> str:
+    """The names that --help gives, with what is to be known of a licence."""
+    licences = {name: find(name).licence for name in names()}
+    return ", ".join(f"{name} ({what})" if what else name for name, what in licences.items())
 
 
 def configure(teacher: str = "digits", **flags) -> Config:

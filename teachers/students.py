@@ -24,9 +24,12 @@ def read_student(path: Path) -> dict[str, str]:
     from nets.weights import read_metadata
 
     about = read_metadata(path)
-    if "teacher" not in about:
-        raise Refusal(f"{path} is not a student saved by train.py: it does not name its teacher")
-    return about
+    if "teacher" in about:
+        return about
+    for name in FAMILIES:
+        if path.name in find(name).released:
+            return find(name).released[path.name] | {"teacher": name}
+    raise Refusal(f"{path} is not a student saved by train.py: it does not name its teacher")
 
 
 def teacher_of(path: Path, given: str | None = None) -> Teacher:
