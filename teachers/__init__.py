@@ -5,7 +5,7 @@
     names        the teachers that come with the project
     configure    a teacher's preset with flags over it
 
-One file per family: digits.py, flux.py, sd35.py, sdxl.py (SDXL and SD 1.5), each with a dict
+One file per family: digits.py, flux.py, klein.py, sd35.py, sdxl.py (SDXL, SD 1.5), each with a dict
 TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Whose
 student a file is: students.py. Nobody outside this folder asks for a teacher's name or kind.
 Networks are imported where they are built, so that presets, names and --help need no torch.
@@ -410,6 +410,8 @@ FAMILIES = {  # which file of this folder has a teacher
     "flux-schnell": "flux",
     "sd35-large": "sd35",
     "sd35-medium": "sd35",
+    "klein": "klein",
+    "klein-9b": "klein",
     "sdxl": "sdxl",
     "sd15": "sdxl",
 }

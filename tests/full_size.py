@@ -34,7 +34,7 @@ from machine import Machine, pretend, pretend_ranks  # isort: skip (before torch
 
 import torch
 from PIL import Image
-from small import in_hf_names, write_tokenizer
+from small import in_hf_names, write_qwen3_tokenizer, write_tokenizer
 
 import teachers
 import train
@@ -42,6 +42,7 @@ from config import Config
 from engine import build, checkpoint, ranks, results
 from nets.clip import CLIP, to_open_clip
 from nets.files import SHARED
+from nets.qwen3 import Qwen3
 from nets.text import T5
 from nets.vae import VAE
 from nets.vision import CLIP_VIT_LARGE, CLIPVision, ViT
@@ -71,9 +72,11 @@ def official(family: Teacher, folder: Path) -> None:
     """As tests/small.py:make_official, of any size."""
     nets, parts = family.sizes, family.parts() | SHARED
     with torch.device("meta"):
-        made = {"denoiser": family.build(1.0), "vae": VAE(nets.vae), "clip_l": CLIP(nets.clip_l)}
+        made = {"denoiser": family.build(1.0), "vae": VAE(nets.vae)}
+        made |= {"clip_l": CLIP(nets.clip_l)} if nets.clip_l else {}
         made |= {"clip_g": CLIP(nets.clip_g)} if nets.clip_g else {}
         made |= {"t5": T5(nets.t5)} if nets.t5 else {}
+        made |= {"llm": Qwen3(nets.llm)} if nets.llm else {}
         tensors = {name: net.state_dict() for name, net in made.items()}
         if family.name == "sdxl":
             tensors["clip_g"] = to_open_clip(tensors["clip_g"], nets.clip_g.depth)
@@ -90,7 +93,8 @@ def official(family: Teacher, folder: Path) -> None:
         sparse(path, state)
     for name, part in parts.items():
         for file in part.files if name.endswith("tokenizer") else ():
-            write_tokenizer(folder / part.folder / file)
+            write = write_qwen3_tokenizer if name == "llm_tokenizer" else write_tokenizer
+            write(folder / part.folder / file)
 
 
 def pictures(folder: Path, size: tuple[int, int]) -> None:
@@ -108,6 +112,9 @@ def shallow(family: Teacher, depth: int) -> Teacher:
     sizes = family.sizes
     few = {name: getattr(sizes, name) for name in ("clip_l", "clip_g", "t5")}
     few = {name: replace(cfg, depth=2) for name, cfg in few.items() if cfg}
+    if sizes.llm:  # as many states
+        count = len(sizes.llm.taps)
+        few["llm"] = replace(sizes.llm, depth=count, taps=tuple(range(1, count + 1)))
     for name in ("denoiser", "vae"):  # of convolutions: per level
         cfg = getattr(sizes, name)
         few |= {name: replace(cfg, blocks=1)} if "blocks" in vars(cfg) else {}

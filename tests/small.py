@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from model import FluxConfig
+from model import Flux2Config, FluxConfig
 from nets.clip import CLIP, CLIP_G, CLIP_L, to_open_clip
 from nets.files import SHARED
 from nets.mmdit import MMDiTConfig
+from nets.qwen3 import Qwen3, Qwen3Config
 from nets.text import T5, T5Config
 from nets.unet import UNETS
-from nets.vae import VAE, VAES
+from nets.vae import VAE, VAES, to_diffusers
 from nets.vision import (
     CLIP_VIT_LARGE,
     CLIP_VIT_LARGE_TEXT,
@@ -54,12 +55,24 @@ def sd35(dual_blocks: int) -> Networks:
     return Networks(denoiser, vae("sd35"), SMALL_L, SMALL_G, replace(SMALL_T5, width=40), **AROUND)
 
 
+def klein() -> Networks:
+    """Latents of 4 channels, folded to 16; three states of 8 channels each."""
+    cfg = Flux2Config(
+        **{"channels": 16, "width": 16, "heads": 2, "double": 1, "single": 2},
+        **{"context_width": 3 * 8, "axes": (2, 2, 2, 2)},
+    )
+    how = {"head": 8, "hidden": 16, "taps": (1, 2, 3), "vocabulary": 410}
+    llm = Qwen3Config(width=8, depth=4, heads=2, groups=1, **how)
+    return Networks(cfg, vae("flux2"), llm=llm, **AROUND)
+
+
 UNET = {"multipliers": (1, 2), "width": 6, "blocks": 1, "groups": 3, "middle": 1}
 SIZES = {
     "flux-dev": flux(guidance=True),
     "flux-schnell": flux(guidance=False),
     "sd35-large": sd35(dual_blocks=0),
     "sd35-medium": sd35(dual_blocks=2),
+    "klein": klein(),
     "sdxl": Networks(
         replace(
             UNETS["sdxl"],
@@ -89,12 +102,17 @@ def make_official(teacher: str, folder: Path) -> None:
     family = SMALL[teacher]
     nets, parts = family.sizes, family.parts() | SHARED
     torch.manual_seed(1)
-    made = {"denoiser": family.build(1.0), "vae": VAE(nets.vae), "clip_l": CLIP(nets.clip_l)}
+    made = {"denoiser": family.build(1.0), "vae": VAE(nets.vae)}
+    made |= {"clip_l": CLIP(nets.clip_l)} if nets.clip_l else {}
     made |= {"clip_g": CLIP(nets.clip_g)} if nets.clip_g else {}
     made |= {"t5": T5(nets.t5)} if nets.t5 else {}
+    if nets.llm:  # with the layers that nobody reads
+        made["llm"] = Qwen3(replace(nets.llm, taps=(nets.llm.depth,)))
     tensors = {name: net.state_dict() for name, net in made.items()}
     if teacher == "sdxl":
         tensors["clip_g"] = to_open_clip(tensors["clip_g"], nets.clip_g.depth)
+    if nets.llm:
+        tensors["vae"] = in_diffusers_names(tensors["vae"], len(nets.vae.multipliers))
     tensors["dinov2"] = in_hf_names(ViT(nets.backbone))
     tensors["clip_vit"] = CLIP(nets.reader).state_dict() | CLIPVision(SEER).state_dict()
     files: dict[Path, dict] = {}
@@ -108,13 +126,20 @@ def make_official(teacher: str, folder: Path) -> None:
         save_file(state, path)
     for name, part in parts.items():
         for file in part.files if name.endswith("tokenizer") else ():
-            write_tokenizer(folder / part.folder / file)
+            write = write_qwen3_tokenizer if name == "llm_tokenizer" else write_tokenizer
+            write(folder / part.folder / file)
 
 
 def embedded(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The embedded teacher."""
     family = find("digits")
     return family.load(family.preset.shift, family.locate()["denoiser"], dtype)
+
+
+def in_diffusers_names(vae: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
+    """An autoencoder's; the attention's weights are matrices there."""
+    named = {to_diffusers(name, levels): tensor for name, tensor in vae.items()}
+    return {k: v.squeeze() if ".attentions." in k and v.ndim > 1 else v for k, v in named.items()}
 
 
 def in_hf_names(vit: ViT) -> dict[str, torch.Tensor]:

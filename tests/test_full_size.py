@@ -22,6 +22,7 @@ TEACHERS = {  # which turns of each; noise: the student's from pure noise, unjud
     "flux-dev": (*TURNS, "noise"),
     "sd35-large": TURNS,
     "sd35-medium": (*TURNS, "noise"),
+    "klein": TURNS,
     "sdxl": TURNS,
     "sd15": TURNS,
 }

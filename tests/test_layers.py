@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from small import SEER, SMALL
 
 from nets.clip import CLIP
+from nets.qwen3 import Qwen3
 from nets.text import T5
 from nets.vae import VAE
 from nets.vision import CLIPVision, ViT
@@ -35,12 +36,13 @@ def test_fused_kernels_take_what_every_network_asks(asked, teacher):
     family, nets = SMALL[teacher], SMALL[teacher].sizes
     ids = torch.zeros(2, 77, dtype=torch.long, device=META)
     cond = {name: torch.zeros(2, *form, device=META) for name, form in family.cond_shapes().items()}
-    latent, image = torch.zeros(2, 4, 4, 6, device=META), torch.zeros(2, 3, 56, 42, device=META)
+    latent = torch.zeros(2, *family.latent_shape((32, 48)), device=META)
+    image = torch.zeros(2, 3, 56, 42, device=META)
     with META:
         denoiser, vae, seer = family.build(1.0), VAE(nets.vae), CLIPVision(SEER)
-        backbone, words = ViT(family.backbone()), [CLIP(nets.clip_l), CLIP(family.reader())]
-        if nets.clip_g:
-            words.append(CLIP(nets.clip_g))
+        backbone = ViT(family.backbone())
+        words = [CLIP(cfg) for cfg in (family.reader(), nets.clip_l, nets.clip_g) if cfg]
+        words += [Qwen3(nets.llm)] if nets.llm else []
     denoiser(latent, torch.zeros(2, device=META), cond)
     vae.decode(vae.encode(torch.zeros(2, 3, 32, 48, device=META)))
     backbone(image)
