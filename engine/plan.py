@@ -36,6 +36,7 @@ from engine import ranks
 from nets.qwen3 import kept_turns
 from nets.text import kept_buckets
 from nets.vision import per_channel
+from nets.z_image import kept_positions
 from schedule import Cond, grid
 from teachers import Teacher, find
 
@@ -308,7 +309,7 @@ def measure(cfg: Config, nets: dict[str, list[nn.Module]], cuda: bool) -> dict[s
 
 def forget_tables() -> None:
     """What networks keep for each device: tables with memory and without do not mix."""
-    for kept in (model.kept_rotations, per_channel, kept_buckets, kept_turns):
+    for kept in (model.kept_rotations, per_channel, kept_buckets, kept_turns, kept_positions):
         kept.cache_clear()
 
 

@@ -101,6 +101,12 @@ def shards(path: Path) -> list[Path]:
     return sorted(files)
 
 
+def files_of(path: Path | Sequence[Path]) -> list[Path]:
+    """The files of a network: a file, those behind an index of shards, or a list of files."""
+    paths = [path] if isinstance(path, Path) else list(path)
+    return shards(paths[0]) if paths[0].name.endswith(".index.json") else paths
+
+
 def places(paths: Sequence[Path], prefix: str) -> dict[str, Path]:
     """The tensors whose names begin with `prefix`, and which file holds each."""
     found = {}
@@ -190,13 +196,11 @@ def stored_weights(
     """The file's tensors in the order of `wanted`, whose names and shapes they must have, cast to
     `dtype`.
 
-    path: a file, an index of shards, or a list of files. prefix: what precedes this network's names
-    in a file that holds several networks; the others are not looked at. ignore: whole names, prefix
-    included, of what is in the file and no weight. Raises ValueError or FileNotFoundError.
+    path: see `files_of`. prefix: what precedes this network's names in a file that holds several
+    networks; the others are not looked at. ignore: whole names, prefix included, of what is in the
+    file and no weight. Raises ValueError or FileNotFoundError.
     """
-    paths = [path] if isinstance(path, Path) else list(path)
-    if paths[0].name.endswith(".index.json"):
-        paths = shards(paths[0])
+    paths = files_of(path)
     wanted = {prefix + name: tensor for name, tensor in wanted.items()}
     found = places(paths, prefix)
     compare_names(wanted, found.keys() - set(ignore), paths[0])

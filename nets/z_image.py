@@ -2,7 +2,7 @@
 
     ZImage      image and caption refined apart, then together, as one sequence
     ZImageText  captions to the states of a language model, each as long as it is
-    token_places, kept_turns, attend   captions of several lengths in one batch
+    token_places, kept_positions, attend   captions of several lengths in one batch
 
 Called as `net(x_t, t, cond)`: latents in, prediction out, both (B, C, H, W). The network itself
 counts time from noise to image and predicts x0 - eps; both are turned in here, so that outside
@@ -101,22 +101,18 @@ def caption_places(tokens: int, device: torch.device) -> Tensor:
     return F.pad(torch.arange(1, tokens + 1, device=device)[:, None], (0, 2))
 
 
-@lru_cache(maxsize=32)  # a size of image, captions of 32, 64 ... 512 tokens
-def kept_turns(
+@lru_cache(maxsize=32)  # an image's size, captions of 32, 64 ... 512 tokens
+def kept_positions(
     rows: int, columns: int, caption: int, axes: tuple[int, ...], theta: float, device: torch.device
-) -> Rope:
-    """The image's rotations, (L, D / N / 2), computed once for each length of caption."""
+) -> tuple[Rope, Rope]:
+    """The rotations of image and caption, (L, D / N / 2) and (T, D / N / 2), computed once for each
+    length of caption; see model.py."""
     with torch.inference_mode(False):
-        return rotations(token_places(rows, columns, caption, device), axes, theta)
-
-
-@lru_cache(maxsize=32)
-def kept_caption_turns(
-    tokens: int, axes: tuple[int, ...], theta: float, device: torch.device
-) -> Rope:
-    """The caption's rotations, (T, D / N / 2)."""
-    with torch.inference_mode(False):
-        return rotations(caption_places(tokens, device), axes, theta)
+        places = (
+            token_places(rows, columns, caption, device),
+            caption_places(caption, device),
+        )
+        return tuple(rotations(where, axes, theta) for where in places)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -268,7 +264,7 @@ class ZImage(nn.Module):
         )
         lengths = caption_lengths(cond)
         captions = [filled(n) for n in lengths]
-        image, text = self.turns(rows, columns, captions, x_t.device)
+        image, text = self.positions(rows, columns, captions, x_t.device)
         x, context = self.embed_image(x_t, rows, columns), self.embed_caption(cond, max(captions))
         c = self.t_embedder(1 - t)  # (B, M)
         tokens = [x.shape[1]] * len(x)
@@ -278,24 +274,23 @@ class ZImage(nn.Module):
             context = block(context, text, captions)  # (B, T, D)
         joined = torch.cat([x, context], dim=1)  # (B, S, D)
         joint = [x.shape[1] + n for n in captions]
-        rope = tuple(joined_turns(*pair) for pair in zip(image, text, strict=True))
+        rope = tuple(joined_table(*pair) for pair in zip(image, text, strict=True))
         for block in self.layers:
             joined = block(joined, rope, joint, c)
         out = self.all_final_layer["2-1"](joined[:, : rows * columns], c)
         return -self.unpack(out, rows, columns).to(x_t.dtype)
 
-    def turns(
+    def positions(
         self, rows: int, columns: int, captions: Sequence[int], device: torch.device
     ) -> tuple[Rope, Rope]:
-        """Of the image, a table for each sample unless their captions are equally long; and of the
-        longest caption, which begins like every other."""
+        """Of the image, for each sample unless their captions are equally long; and of the longest
+        caption, which begins like every other."""
         how = (self.cfg.axes, self.cfg.theta, device)
-        text = kept_caption_turns(max(captions), *how)
-        if len(set(captions)) == 1:
-            return kept_turns(rows, columns, captions[0], *how), text
-        tables = [kept_turns(rows, columns, n, *how) for n in captions]
-        cos, sin = (torch.stack(table)[:, None] for table in zip(*tables, strict=True))
-        return (cos, sin), text  # (B, 1, L, D / N / 2)
+        image, text = kept_positions(rows, columns, max(captions), *how)
+        if len(set(captions)) > 1:
+            tables = [kept_positions(rows, columns, n, *how)[0] for n in captions]
+            image = tuple(torch.stack(table)[:, None] for table in zip(*tables, strict=True))
+        return image, text
 
     def embed_image(self, x_t: Tensor, rows: int, columns: int) -> Tensor:
         """(B, C, H, W) -> (B, L, D)."""
@@ -330,7 +325,7 @@ class ZImage(nn.Module):
         return x.flatten(4).flatten(2, 3)  # -> (B, C, rows P, columns P)
 
 
-def joined_turns(image: Tensor, text: Tensor) -> Tensor:
+def joined_table(image: Tensor, text: Tensor) -> Tensor:
     """Cosines or sines of the image, then of the caption; for each sample if the image's are."""
     return torch.cat([image, text.expand(*image.shape[:-2], -1, -1)], dim=-2)
 

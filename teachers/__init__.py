@@ -414,6 +414,7 @@ FAMILIES = {  # which file of this folder has a teacher
     "klein-9b": "klein",
     "sdxl": "sdxl",
     "sd15": "sdxl",
+    "z-image": "z_image",
 }
 FOUND: dict[str, Teacher] = {}  # those asked for; tests put small ones here
 

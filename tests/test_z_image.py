@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import Refusal
+from nets.layers import rotations
 from nets.qwen3 import Qwen3, Qwen3Config, qwen3_tokenizer
 from nets.vae import VAE, VAEConfig
 from nets.weights import read_metadata
@@ -27,8 +28,7 @@ from nets.z_image import (
     attend,
     caption_places,
     filled,
-    kept_caption_turns,
-    kept_turns,
+    kept_positions,
     token_places,
 )
 from schedule import Flow, grid, guided, sample_ode
@@ -236,12 +236,11 @@ def test_equal_lengths_attend_together():
 
 def test_positions_are_kept_for_each_length_of_caption():
     net = tiny()
-    for kept in (kept_turns, kept_caption_turns):
-        kept.cache_clear()
+    kept_positions.cache_clear()
     with torch.inference_mode():
         net(*inputs((5, 33)))
     net(*inputs((31, 40))).sum().backward()  # as ordinary tensors, though first made for inference
-    assert kept_turns.cache_info().misses == 2 and kept_caption_turns.cache_info().misses == 1
+    assert kept_positions.cache_info().misses == 2
 
 
 def test_lengths_that_cannot_be_are_said():
@@ -297,7 +296,7 @@ def test_a_blocks_gradient_is_the_derivative():
     net = tiny().double()
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x, c = draw(2, 4, 12).requires_grad_(), draw(2, 6).requires_grad_()
-    rope = kept_caption_turns(4, (2, 2, 2), 256.0, x.device)
+    rope = rotations(caption_places(4, x.device), (2, 2, 2), 256.0)
     gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)
     assert gradcheck(lambda x, c: net.layers[0](x, rope, (3, 4), c), (x, c))
     assert gradcheck(lambda x: net.context_refiner[0](x, rope, (4, 4)), (x,))
