@@ -3,6 +3,7 @@
     check_purpose   a folder is for one purpose
     write_cache     every sample of an epoch, in shards; continues where it was interrupted
     Cache           the rows of a batch, by what its samples are
+    send_rows       where they are wanted
 
 A cache is a folder with `about.json`, what it was made for, and shards of SHARD samples. A sample
 is found by a digest of its caption, sizes and pixels, so a cache never answers for other data.
@@ -126,4 +127,12 @@ class Cache:
             file = self.open(path)
             names = file.keys()
             found.append({name: file.get_slice(name)[row : row + 1] for name in names})
-        return {name: send(torch.cat([row[name] for row in found]), device) for name in found[0]}
+        return send_rows(
+            {name: torch.cat([row[name] for row in found]) for name in found[0]}, device
+        )
+
+
+def send_rows(rows: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """On `device`, but whole numbers, which are counts (of a caption's tokens): networks go by
+    them, so they stay on the host, where nobody waits for them."""
+    return {name: send(x, device) if x.is_floating_point() else x for name, x in rows.items()}

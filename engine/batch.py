@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import Config, Refusal
 from dataset.ahead import batch_ids
-from dataset.cache import Cache, check_purpose, complete, write_cache
+from dataset.cache import Cache, check_purpose, complete, send_rows, write_cache
 from engine import ranks
 from nets.layers import send
 from nets.weights import open_weights
@@ -144,7 +144,7 @@ def read_null(
     if text:
         return text([""], device, uncropped(cfg.size))
     with open_weights(Path(cfg.cache) / "null.safetensors") as file:
-        return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+        return send_rows({name: file.get_tensor(name) for name in file.keys()}, device)  # noqa: SIM118
 
 
 # --- prompts -------------------------------------------------------------------------------------

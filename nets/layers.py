@@ -3,7 +3,7 @@
     attention        of every network but T5, whose scores have a bias
     per_head         channels cut into heads; split_heads: q, k and v of one tensor
     modulate, norm   a layer norm whose affine is chosen by time and text
-    rms_norm         of a head's channels
+    rms_norm         of the channels, or of a head's
     FinalLayer       of a transformer: from tokens to patches
     rotations        a token's places as angles; rotate turns channels by them
     time_embedding   a time, or a size in pixels, as cosines and sines
@@ -50,9 +50,9 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Over a head's channels, in the dtype of x (under autocast the weight's is wider)."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=1e-6).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Over the channels, in the dtype of x (under autocast the weight's is wider)."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=eps).to(x.dtype)
 
 
 def count_patches(x_t: Tensor, patch: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -98,6 +99,12 @@ def shards(path: Path) -> list[Path]:
                 f"{file} is missing, a shard named in {path.name} (it holds {name}); fetch it"
             )
     return sorted(files)
+
+
+def files_of(path: Path | Sequence[Path]) -> list[Path]:
+    """The files of a network: a file, those behind an index of shards, or a list of files."""
+    paths = [path] if isinstance(path, Path) else list(path)
+    return shards(paths[0]) if paths[0].name.endswith(".index.json") else paths
 
 
 def places(paths: Sequence[Path], prefix: str) -> dict[str, Path]:
@@ -189,13 +196,11 @@ def stored_weights(
     """The file's tensors in the order of `wanted`, whose names and shapes they must have, cast to
     `dtype`.
 
-    path: a file, an index of shards, or a list of files. prefix: what precedes this network's names
-    in a file that holds several networks; the others are not looked at. ignore: whole names, prefix
-    included, of what is in the file and no weight. Raises ValueError or FileNotFoundError.
+    path: see `files_of`. prefix: what precedes this network's names in a file that holds several
+    networks; the others are not looked at. ignore: whole names, prefix included, of what is in the
+    file and no weight. Raises ValueError or FileNotFoundError.
     """
-    paths = [path] if isinstance(path, Path) else list(path)
-    if paths[0].name.endswith(".index.json"):
-        paths = shards(paths[0])
+    paths = files_of(path)
     wanted = {prefix + name: tensor for name, tensor in wanted.items()}
     found = places(paths, prefix)
     compare_names(wanted, found.keys() - set(ignore), paths[0])
@@ -222,9 +227,9 @@ def as_named(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def share(shape: Sequence[int], count: int) -> Sequence[int]:
-    """The shape of one of `count` tensors that lie one below the other in one of `shape`."""
-    return shape if count == 1 else (shape[0] // count, *shape[1:])
+def share(shape: Sequence[int], count: int, of: int = 1) -> Sequence[int]:
+    """The shape of one of `count` tensors whose rows are those of `of` tensors of `shape`."""
+    return shape if count == of else (shape[0] * of // count, *shape[1:])
 
 
 def each_weight(
@@ -239,19 +244,27 @@ def each_weight(
     """The network's tensors by name, in its own order, cast to `dtype`; see `stored_weights`.
 
     stored: from a name of the network to the file's; of several, each holds an equal share of the
-    rows.
+    rows. Where it gives neighbours one name, each of them is an equal share of that tensor's rows.
     """
     state = net.state_dict()
     parts = {name: stored(name) for name in state}
+    owners = Counter(part for names in parts.values() for part in names)
+    assert len([*groupby(parts.values())]) == len(set(parts.values())), "only neighbours share"
     wanted = {
-        part: torch.empty(share(state[name].shape, len(parts[name])), device="meta")
-        for name in state
-        for part in parts[name]
+        part: torch.empty(share(state[name].shape, len(names), owners[part]), device="meta")
+        for name, names in parts.items()
+        for part in names
     }
     tensors = stored_weights(wanted, path, dtype, device, prefix, ignore)
-    for name in state:
-        pieces = [tensor for _, tensor in islice(tensors, len(parts[name]))]
-        yield name, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    for names, ours in groupby(state, parts.get):
+        pieces = [tensor for _, tensor in islice(tensors, len(names))]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        ours = list(ours)
+        if len(ours) == 1:
+            yield ours[0], whole
+            continue
+        for name, part in zip(ours, whole.chunk(len(ours)), strict=True):
+            yield name, part.clone()  # none keeps the others' memory
 
 
 def load_weights(

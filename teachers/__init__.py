@@ -171,7 +171,7 @@ class Teacher:
         dtype = dtype or torch.float32
         if torch.device(device).type == "meta":
             return net.to(dtype)
-        return load_weights(net, path, dtype, device, self.prefix())
+        return load_weights(net, path, dtype, device, **self.layout(path))
 
     def read(
         self, shift: float, path: Path | list[Path], dtype: torch.dtype, device: torch.device
@@ -184,7 +184,12 @@ class Teacher:
         from nets.weights import each_weight
 
         net = self.load(shift, path, dtype, torch.device("meta"))
-        return each_weight(net, path, dtype, device, self.prefix())
+        return each_weight(net, path, dtype, device, **self.layout(path))
+
+    def layout(self, path: Path | list[Path]) -> dict:
+        """How this file of the denoiser, official or not, names its tensors: `prefix`, `ignore`
+        and `stored` of `load_weights`, as far as they are needed."""
+        return {"prefix": self.prefix()}
 
     # --- what stands around it -------------------------------------------------------------------
 
@@ -409,6 +414,7 @@ FAMILIES = {  # which file of this folder has a teacher
     "klein-9b": "klein",
     "sdxl": "sdxl",
     "sd15": "sdxl",
+    "z-image": "z_image",
 }
 FOUND: dict[str, Teacher] = {}  # those asked for; tests put small ones here
 

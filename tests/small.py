@@ -25,6 +25,7 @@ from nets.vision import (
     ViT,
     hf_names,
 )
+from nets.z_image import ZImageConfig
 from teachers import Networks, Teacher, find
 
 WORDS = 514  # single bytes, single bytes that end a word, two special tokens
@@ -66,6 +67,16 @@ def klein() -> Networks:
     return Networks(cfg, vae("flux2"), llm=llm, **AROUND)
 
 
+def z_image() -> Networks:
+    how = {"head": 8, "hidden": 16, "taps": (3,), "vocabulary": 410}
+    llm = Qwen3Config(width=8, depth=4, heads=2, groups=1, **how)
+    denoiser = ZImageConfig(
+        **{"channels": 4, "width": 12, "heads": 2, "depth": 2, "refiners": 1, "context_width": 8},
+        **{"time_hidden": 10, "time_width": 6, "axes": (2, 2, 2)},
+    )
+    return Networks(denoiser, vae("flux"), llm=llm, **AROUND)
+
+
 UNET = {"multipliers": (1, 2), "width": 6, "blocks": 1, "groups": 3, "middle": 1}
 SIZES = {
     "flux-dev": flux(guidance=True),
@@ -73,6 +84,7 @@ SIZES = {
     "sd35-large": sd35(dual_blocks=0),
     "sd35-medium": sd35(dual_blocks=2),
     "klein": klein(),
+    "z-image": z_image(),
     "sdxl": Networks(
         replace(
             UNETS["sdxl"],

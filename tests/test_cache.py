@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset import cache
-from dataset.cache import Cache, check_purpose, write_cache
+from dataset.cache import Cache, check_purpose, send_rows, write_cache
 from dataset.images import Pairs
 
 
@@ -71,6 +71,12 @@ def test_changed_data_are_noticed(tmp_path, change):
         pairs.images[0, 0, 0, 0] += 1 / 255
     with pytest.raises(ValueError, match="the data have changed"):
         Cache(tmp_path).rows(pairs, "cpu")
+
+
+def test_counts_stay_on_the_host():
+    """Networks go by them; on the meta device, where whatever is sent has no values any more."""
+    sent = send_rows({"x": torch.ones(2), "length": torch.tensor([3, 4])}, "meta")
+    assert sent["x"].device.type == "meta" and sent["length"].tolist() == [3, 4]
 
 
 def test_a_cache_for_something_else_is_refused(tmp_path):

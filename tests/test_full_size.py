@@ -32,6 +32,7 @@ TEACHERS = {  # which turns of each; noise: the student's from pure noise, unjud
     "klein": ("student",),
     "sdxl": TURNS,
     "sd15": TURNS,
+    "z-image": TURNS,
 }
 # Where a turn waits for the GPU, at most how often in a student's turn, in another, and why.
 # Counted at batch 1, over all teachers, with whatever load_batch does before the turn.

@@ -155,6 +155,27 @@ def test_a_tensor_stored_in_parts_is_joined_row_by_row(path):
         assert same(net, small(seed=1))
 
 
+def test_tensors_stored_as_one_are_parted_row_by_row(path):
+    """Other layouts have them together; each part has memory of its own, so it can be saved."""
+
+    def build(seed=0):
+        torch.manual_seed(seed)
+        return nn.ModuleDict({name: nn.Linear(3, 2, bias=False) for name in ("q", "k", "v", "out")})
+
+    def stored(name):
+        return ("qkv" if name[0] in "qkv" else "last",)
+
+    net = build()
+    whole = torch.cat([net[name].weight.detach() for name in "qkv"])
+    save_file({"qkv": whole, "last": net["out"].weight.detach()}, path)
+    loaded = load_weights(build(1), path, stored=stored)
+    assert same(loaded, net)
+    assert all(p.untyped_storage().nbytes() == 2 * 3 * 4 for p in loaded.parameters())
+    save_file({"qkv": whole[:4].clone(), "last": net["out"].weight.detach()}, path)
+    with pytest.raises(ValueError, match=r"qkv has shape \[4, 3\], the network wants \[6, 3\]"):
+        load_weights(build(1), path, stored=stored)
+
+
 def test_loaded_weights_outlive_their_file(path):
     """Even where nothing is cast, they are copies: the file may be overwritten under them."""
     net = load_weights(empty(), path)
