@@ -68,7 +68,8 @@ from measure.scorers import (
     measure,
 )
 from nets.weights import DTYPES
-from teachers import Teacher, read_student, student_taus, teacher_of
+from teachers import Teacher
+from teachers.students import read_student, student_taus, teacher_of
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 

@@ -34,14 +34,8 @@ from engine.pictures import save_png
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
-from teachers import (
-    Teacher,
-    find,
-    read_student,
-    student_taus,
-    teacher_of,
-    times_of,
-)
+from teachers import Teacher, find
+from teachers.students import read_student, student_taus, teacher_of, times_of
 
 
 def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:

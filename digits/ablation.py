@@ -39,7 +39,8 @@ from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times
 from engine import ranks
 from engine.pictures import Graph, graphs_alone
 from schedule import grid
-from teachers import find, read_student, student_taus
+from teachers import find
+from teachers.students import read_student, student_taus
 
 TEACHER = find("digits")
 PRESET = TEACHER.preset

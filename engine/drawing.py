@@ -26,7 +26,8 @@ from measure.distances import from_uint8
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
-from teachers import Teacher, read_student, times_of
+from teachers import Teacher
+from teachers.students import read_student, times_of
 
 
 @dataclass(frozen=True)

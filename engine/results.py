@@ -25,7 +25,8 @@ from engine.pictures import curves, sheet
 from engine.run import Run, say
 from nets.weights import merge_weights, stream_weights
 from schedule import Cond, generator, normal, sample_x0
-from teachers import Teacher, find, read_student
+from teachers import Teacher, find
+from teachers.students import read_student
 
 
 def show(

@@ -6,9 +6,9 @@
     configure    a teacher's preset with flags over it
 
 One file per family: digits.py, flux.py, sd35.py, sdxl.py (SDXL and SD 1.5), each with a dict
-TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Nobody
-outside this folder asks for a teacher's name or kind. Networks are imported where they are built,
-so that presets, names and --help need no torch.
+TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Whose
+student a file is: students.py. Nobody outside this folder asks for a teacher's name or kind.
+Networks are imported where they are built, so that presets, names and --help need no torch.
 
 B batch, C H W latent, T text tokens.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -453,47 +452,3 @@ def configure(teacher: str = "digits", **flags) -> Config:
     if found.only_sampled:
         raise Refusal(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
     return resolve(replace(found.preset, teacher=teacher), found.fewer, found.name, **flags)
-
-
-# --- students ------------------------------------------------------------------------------------
-
-
-def read_student(path: Path) -> dict[str, str]:
-    """The metadata of a student's file: teacher, taus, steps, sampler, shift, size."""
-    from nets.weights import read_metadata
-
-    about = read_metadata(path)
-    if "teacher" not in about:
-        raise Refusal(f"{path} is not a student saved by train.py: it does not name its teacher")
-    return about
-
-
-def teacher_of(path: Path, given: str | None = None) -> Teacher:
-    """The teacher of a student's file. given: --teacher, needed where it is one of one's own."""
-    name = read_student(path)["teacher"]
-    if given is None and name not in FAMILIES:
-        raise Refusal(
-            f'{path} is a student of "{name}", a teacher of your own; give its file: --teacher FILE'
-        )
-    found = find(given or name)
-    if found.name != name:
-        raise Refusal(f"--teacher {given}: {path} is a student of {name}")
-    return found
-
-
-def load_student(path: Path, *how, teacher: str | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """A student and its metadata. how: dtype and device, as in `Teacher.load`."""
-    about = read_student(path)
-    return teacher_of(path, teacher).load(float(about["shift"]), path, *how), about
-
-
-def times_of(family: Teacher, schedule, steps: int, size, student: bool) -> list[float]:
-    """Where a teacher is called; a student at another number of steps than its own: evenly."""
-    from schedule import grid
-
-    return grid(schedule, steps) if student else family.sampling_times(schedule, steps, size)
-
-
-def student_taus(about: dict[str, str]) -> tuple[float, ...]:
-    """The student's anchors."""
-    return tuple(json.loads(about["taus"]))

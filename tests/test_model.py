@@ -23,7 +23,8 @@ from model import MMDiT, MMDiTConfig, attention
 from nets.vae import VAE, VAES
 from nets.weights import load_weights, read_metadata, save_weights
 from schedule import Flow, guided
-from teachers import find, load_student
+from teachers import find
+from teachers.students import load_student
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."

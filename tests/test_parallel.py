@@ -27,7 +27,8 @@ from engine.build import count_trained, open_training_data
 from ida import ida_update
 from nets.weights import digest
 from schedule import Rng
-from teachers import configure, find, load_student
+from teachers import configure, find
+from teachers.students import load_student
 from train import (
     LOSSES,
     build_learners,

@@ -25,6 +25,7 @@ from dataset.sources import open_data
 from engine.build import open_training_data
 from schedule import DDPM, Flow, resolution_shift
 from teachers import configure, find
+from teachers.students import load_student
 
 TRAINED = [name for name in teachers.names() if name != "digits"]
 
@@ -176,7 +177,7 @@ def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
     assert ours == theirs, "names, shapes and order are the teacher's"
     assert about["teacher"] == teacher and len(json.loads(about["taus"])) == 4
     start = started(teacher, files).state_dict()
-    end = teachers.load_student(student)[0].state_dict()
+    end = load_student(student)[0].state_dict()
     still = {name for name, tensor in end.items() if torch.equal(tensor, start[name])}
     # FLUX: silenced. SD 3.5: nothing reads the last text block's queries.
     wanted = {name for name in end if name.startswith("guidance_in")}
@@ -361,7 +362,7 @@ def test_the_flux_student_ignores_guidance_bit_for_bit(command, folder, pictures
     """Its file still loads as flux1-dev, with a guidance input that changes nothing."""
     out = tmp_path / "run"
     assert command(train, *flags_for("flux-dev", folder, pictures, out), "--no-gan")[0] == 0
-    net, _ = teachers.load_student(out / "student.safetensors")
+    net, _ = load_student(out / "student.safetensors")
     x_t, t = torch.randn(2, 4, 4, 6), torch.tensor([0.9, 0.5])
     cond = {"context": torch.randn(2, 7, 16), "pooled": torch.randn(2, 12)}
     with torch.no_grad():

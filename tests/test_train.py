@@ -19,7 +19,8 @@ from digits.words import SceneText
 from engine import checkpoint
 from engine.run import Run
 from nets.weights import digest
-from teachers import configure, load_student
+from teachers import configure
+from teachers.students import load_student
 from train import build_learners, build_nets, load_batch, lr_factor, train_step
 
 CPU = torch.device("cpu")

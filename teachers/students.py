@@ -1,0 +1,60 @@
+"""Students: files that train.py saved, and whose they are.
+
+read_student   what a file says of itself
+teacher_of     its teacher
+load_student   the network
+times_of       where it, or its teacher, is called
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import Refusal
+from teachers import FAMILIES, Teacher, find
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def read_student(path: Path) -> dict[str, str]:
+    """The metadata of a student's file: teacher, taus, steps, sampler, shift, size."""
+    from nets.weights import read_metadata
+
+    about = read_metadata(path)
+    if "teacher" not in about:
+        raise Refusal(f"{path} is not a student saved by train.py: it does not name its teacher")
+    return about
+
+
+def teacher_of(path: Path, given: str | None = None) -> Teacher:
+    """The teacher of a student's file. given: --teacher, needed where it is one of one's own."""
+    name = read_student(path)["teacher"]
+    if given is None and name not in FAMILIES:
+        raise Refusal(
+            f'{path} is a student of "{name}", a teacher of your own; give its file: --teacher FILE'
+        )
+    found = find(given or name)
+    if found.name != name:
+        raise Refusal(f"--teacher {given}: {path} is a student of {name}")
+    return found
+
+
+def load_student(path: Path, *how, teacher: str | None = None) -> tuple[nn.Module, dict[str, str]]:
+    """A student and its metadata. how: dtype and device, as in `Teacher.load`."""
+    about = read_student(path)
+    return teacher_of(path, teacher).load(float(about["shift"]), path, *how), about
+
+
+def times_of(family: Teacher, schedule, steps: int, size, student: bool) -> list[float]:
+    """Where a teacher is called; a student at another number of steps than its own: evenly."""
+    from schedule import grid
+
+    return grid(schedule, steps) if student else family.sampling_times(schedule, steps, size)
+
+
+def student_taus(about: dict[str, str]) -> tuple[float, ...]:
+    """The student's anchors."""
+    return tuple(json.loads(about["taus"]))
