@@ -59,9 +59,9 @@ class Adapted(nn.Module):
 def layers(base: nn.Module, words: Collection[str] = ()) -> dict[str, nn.Module]:
     """Linear layers and convolutions of the blocks, by names that have one of the words."""
     inside = {module for block in base.blocks() for module in block.modules()}
-    named, kinds = base.named_modules(), (nn.Linear, nn.Conv2d)
-    found = {name: m for name, m in named if m in inside and isinstance(m, kinds)}
-    return {name: m for name, m in found.items() if any(word in name for word in words or ("",))}
+    named = {n: m for n, m in base.named_modules() if any(word in n for word in words or ("",))}
+    found = {n: m for n, m in named.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {n: m for n, m in found.items() if m in inside and getattr(m, "groups", 1) == 1}
 
 
 def adapted(

@@ -336,20 +336,32 @@ def stream_weights(
 
 
 def merge_weights(
-    net: nn.Module, path: Path, base: Path, metadata: dict[str, str], prefix: str
+    state: Iterable[tuple[str, Tensor]],
+    path: Path,
+    base: Sequence[Path],
+    metadata: dict[str, str],
+    prefix: str,
 ) -> None:
-    """A copy of the file `base` with the network under `prefix` replaced by this one.
+    """A copy of the file `base`, in however many shards, with the network under `prefix` replaced.
 
-    Each tensor keeps the dtype it has there, so names, dtypes, shapes and order are those of
-    `base`.
+    state: by name, its tensors. Each keeps the dtype it has in `base`, so names, dtypes, shapes and
+    order are those of `base`.
     """
-    ours = {prefix + name: tensor for name, tensor in net.state_dict().items()}
-    compare_names(ours, places([base], prefix), base)
-    compare_forms(ours, base)
-    with open_weights(base) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in ours.items():
-        tensors[name] = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
+    tensors = {}
+    for part in base:
+        with open_weights(part) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    theirs, ours = [name for name in tensors if name.startswith(prefix)], []
+    for name, tensor in ((prefix + name, x) for name, x in state):
+        ours.append(name)
+        stored = tensors.get(name, tensor)
+        if stored.shape != tensor.shape:
+            raise Refusal(
+                f"{base[0]}: {name} has shape {[*stored.shape]}, the network wants "
+                f"{[*tensor.shape]}; give the file of this network"
+            )
+        tensors[name] = tensor.detach().to("cpu", stored.dtype).contiguous()
+    compare_names(ours, theirs, base[0])
     write(tensors, path, metadata)
 
 

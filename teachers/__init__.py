@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from nets.names import Other
+
     Cond = dict[str, Tensor]
 
 
@@ -66,6 +68,9 @@ class Teacher:
     optional: tuple[str, ...] = ()  # parts that --no-t5 does without; whoever locates files asks
     not_weights: tuple[str, ...] = ()  # what is in its files and no network wants
     own_data = ""  # said where --data or --cache is refused: it brings its own data
+    with_adapters: dict = {}  # what of the preset changes with --adapter; `configure` asks
+    not_adapted: tuple[str, ...] = ()  # layers that get no adapter, by how their names begin
+    lora_format = "comfyui"  # what --lora-format "own" is; see lora.py
     own_features = ""  # said where other measures are refused: `features` has its own
 
     def __init__(self, name: str, preset: Config, fewer: dict[int, dict] | None = None):
@@ -145,6 +150,18 @@ class Teacher:
 
         Where ranks share it, first of its form on the meta device, then of its shards.
         """
+
+    def own_weights(self, net: nn.Module, guidance: float) -> dict[str, Tensor]:
+        """What student and fake score have in place of weights of the teacher's network, by name,
+        in fp32, where they are adapters on it: there, what `start` is where they are whole.
+
+        guidance: --guidance, the scale that is theirs where the network takes one.
+        """
+        return {}
+
+    def other_names(self) -> dict[str, str | Other]:
+        """diffusers' names for the layers of the denoiser, a table; see nets/names.py."""
+        return {}
 
     def load(
         self,
@@ -451,4 +468,6 @@ def configure(teacher: str = "digits", **flags) -> Config:
     found = find(teacher)
     if found.only_sampled:
         raise Refusal(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
-    return resolve(replace(found.preset, teacher=teacher), found.fewer, found.name, **flags)
+    changed = found.with_adapters if flags.get("adapter") else {}
+    preset = replace(found.preset, teacher=teacher, **changed)
+    return resolve(preset, found.fewer, found.name, **flags)

@@ -35,7 +35,7 @@ ALLOWED = {
     "digits.scenes": {"config", "digits", "digits.words", "schedule"},
     "digits.judge": {"digits", "nets"},
     "digits.exam": AROUND,
-    "teachers": AROUND | {"model", "teachers"},
+    "teachers": AROUND | {"adapter", "model", "teachers"},
 }
 
 
