@@ -202,6 +202,9 @@ class Config:
     adapter_train: str = setting(
         "B", "B alone, with which IDA is exact, or A and B", Choice(("B", "both"))
     )
+    base_dtype: str = setting(
+        "bf16", "of the base's layers; int8, fp8: weights alone", Choice(("bf16", "int8", "fp8"))
+    )
     lora_format: str = setting(
         "own", "whose names the LoRA has; own: what most programs read", Choice(LORA_FORMATS)
     )
@@ -220,6 +223,9 @@ class Config:
     eps: float = setting(1e-8, "of AdamW", POSITIVE)
     clip: float = setting(1.0, "the gradient norm to which longer ones are shortened", POSITIVE)
     recompute: bool = setting(True, "recompute the blocks' activations: less memory")
+    vae_tile: int = setting(
+        0, "pixels a side of the tiles that images are decoded in; 0: whole", AMOUNT
+    )
     shard: str = setting(
         "auto", "over ranks: copies (ddp), shards (fsdp)", Choice(("auto", "none", "ddp", "fsdp"))
     )

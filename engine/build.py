@@ -31,6 +31,7 @@ from engine import ranks
 from engine.batch import load_batch, read_null, uncropped
 from engine.views import Roles, check_views, load_views, one_fixed, whole_view
 from nets.files import Files, fingerprint
+from nets.tiles import Tiled
 from schedule import Cond, Rng, anchor_at, generator, grid
 from teachers import Teacher, find
 
@@ -147,7 +148,7 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
 
     Several ranks share what is trained, as copies or as shards, and in shards the teacher too.
     """
-    if cfg.adapter:
+    if cfg.adapter or cfg.base_dtype != "bf16":
         check_views(cfg)
     family = find(cfg.teacher)
     files = locate_files(cfg, family, cached=bool(cache))
@@ -163,6 +164,7 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
         ranks.recompute(student)
         ranks.recompute(fake)
     vae = family.load_vae(files, frozen, device)
+    vae = Tiled(vae, cfg.vae_tile) if cfg.vae_tile else vae
     text = None if cache else family.load_text(files, frozen, device)
     reading = cfg.w_gan and not cache
     reader = family.load_reader(files, frozen, device) if reading else None

@@ -26,7 +26,7 @@ from engine.batch import load_batch
 from engine.build import Nets, anchors, base_of, precision, whole_net
 from engine.pictures import curves, sheet
 from engine.run import Run, say
-from nets.weights import merge_weights, stream_weights, write
+from nets.weights import has_eight_bits, merge_weights, stream_weights, write
 from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find
 from teachers.lora import format_of, lora_tensors, read_lora
@@ -75,6 +75,10 @@ def check_export(cfg: Config, family: Teacher) -> None:
         raise Refusal(f"--export full: the file of {family.name} holds no other network")
     if cfg.adapter:
         format_of(family, cfg.lora_format)
+    if cfg.adapter and cfg.export == "full":
+        files = family.locate(cfg.weights, text=False)["denoiser"]
+        if has_eight_bits(files):
+            raise Refusal(f"--export full: {files[0]} is in 8 bits; merge on the original file")
 
 
 def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:

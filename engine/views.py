@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from adapter import adapted, adapters, layers
 from config import Config, Refusal
 from engine import ranks
+from nets.quantised import KINDS, load_quantised, read_scales
 from teachers import Teacher
 
 Roles = tuple[nn.Module, nn.Module, nn.Module, nn.Module]
@@ -25,6 +26,10 @@ Roles = tuple[nn.Module, nn.Module, nn.Module, nn.Module]
 
 def check_views(cfg: Config) -> None:
     """ValueError for what views cannot do."""
+    if not cfg.adapter:
+        raise Refusal(
+            f"--base-dtype {cfg.base_dtype}: what is trained whole has no base; --adapter"
+        )
     if cfg.shard == "fsdp":
         raise Refusal("--shard fsdp: adapters share a base that each GPU has whole; choose ddp")
     if cfg.adapter_train == "both" and ranks.world() > 1:
@@ -40,7 +45,7 @@ def load_views(
     mesh: DeviceMesh | None,
 ) -> Roles:
     """Student, fake score, average (the student itself without one) and the base, the teacher."""
-    base = family.load(cfg.shift, path, dtype, device).requires_grad_(False)
+    base = load_base(cfg, family, path, dtype, device).requires_grad_(False)
     student, fake = view_of(base, cfg, family), view_of(base, cfg, family)
     ema = view_of(base, cfg, family).requires_grad_(False) if cfg.ema else student
     for net in {student: 0, fake: 0, ema: 0} if mesh else ():
@@ -50,6 +55,19 @@ def load_views(
                 weight.zero_()
     one_fixed(student, fake, ema)
     return student, fake, ema, base
+
+
+def load_base(
+    cfg: Config, family: Teacher, path: list[Path], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """With --base-dtype, linear layers of the blocks in 8 bits, one after the other."""
+    if cfg.base_dtype == "bf16":
+        return family.load(cfg.shift, path, dtype, device)
+    net = family.load(cfg.shift, path, dtype, torch.device("meta"))
+    chosen = {name for name, m in layers(net).items() if isinstance(m, nn.Linear)}
+    tensors = family.read(cfg.shift, path, None, device)
+    scales = read_scales(path, family.prefix())
+    return load_quantised(net, chosen, KINDS[cfg.base_dtype], tensors, scales, dtype)
 
 
 def view_of(base: nn.Module, cfg: Config, family: Teacher) -> nn.Module:

@@ -31,6 +31,9 @@ from config import Refusal
 MAPPED = 2**23  # bytes read through one mapping
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # as flags name them
+EIGHT_BITS = "F8_E4M3"  # what people store large networks in; beside it, scales
+SCALES = (".scale_weight", ".scale_input", "scaled_fp8")
+IN_8_BITS = "fetch the original file, or train adapters on this: --adapter RANK --base-dtype fp8"
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -113,6 +116,16 @@ def places(paths: Sequence[Path], prefix: str) -> dict[str, Path]:
     return found
 
 
+def has_eight_bits(paths: Sequence[Path]) -> bool:
+    """Whether a weight of these files is stored so."""
+    for path in paths:
+        with open_weights(path) as file:
+            names = file.keys()
+            if any(file.get_slice(name).get_dtype() == EIGHT_BITS for name in names):
+                return True
+    return False
+
+
 def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -> None:
     """Every name wanted is found, and no other."""
     missing = sorted(set(wanted) - set(found))
@@ -125,8 +138,12 @@ def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -
         )
 
 
-def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Each tensor of the file has the shape wanted, and floating-point numbers."""
+def compare_forms(wanted: Mapping[str, Tensor], path: Path, eight_bits: bool = False) -> None:
+    """Each tensor of the file has the shape wanted, and floating-point numbers of 16 bits or more.
+
+    eight_bits: or of 8.
+    """
+    allowed = (*FLOATS, EIGHT_BITS) if eight_bits else FLOATS
     with open_weights(path) as file:
         for name, tensor in wanted.items():
             stored = file.get_slice(name)
@@ -135,17 +152,18 @@ def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
                     f"{path}: {name} has shape {stored.get_shape()}, "
                     f"the network wants {list(tensor.shape)}; give the file of this network"
                 )
-            if stored.get_dtype() not in FLOATS:
+            if stored.get_dtype() not in allowed:
+                remedy = f"fetch the original file, which has {', '.join(FLOATS)}"
                 raise Refusal(
                     f"{path}: {name} is stored as {stored.get_dtype()}, a quantised or foreign "
-                    f"copy; fetch the original file, which has {', '.join(FLOATS)}"
+                    f"copy; {IN_8_BITS if stored.get_dtype() == EIGHT_BITS else remedy}"
                 )
 
 
 def each_tensor(
-    names: Collection[str], path: Path, dtype: torch.dtype, device: torch.device | str
+    names: Collection[str], path: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of one file by name, cast to `dtype`, finite.
+    """Tensors of one file by name, cast to `dtype` (None: as stored), finite.
 
     Through many mappings: the pages of a mapping count as memory until it is closed. And copied, so
     that no tensor depends on a file that may be replaced.
@@ -158,7 +176,7 @@ def each_tensor(
                 name = waiting.pop()
                 stored = file.get_tensor(name)
                 read += stored.nbytes
-                tensor = stored.to(device, dtype, copy=True)
+                tensor = stored.to(device, dtype or stored.dtype, copy=True)
                 check_finite(tensor, name, path)
                 yield name, tensor
 
@@ -170,6 +188,8 @@ def read_tensors(
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:  # has no such function
+        tensor = tensor.bfloat16()
     low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
     if not low.isfinite() & high.isfinite():
         raise Refusal(
@@ -181,13 +201,13 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> None:
 def stored_weights(
     wanted: Mapping[str, Tensor],
     path: Path | Sequence[Path],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors in the order of `wanted`, whose names and shapes they must have, cast to
-    `dtype`.
+    `dtype`; None: as stored, be it in 8 bits, and scales of those are not looked at.
 
     path: a file, an index of shards, or a list of files. prefix: what precedes this network's names
     in a file that holds several networks; the others are not looked at. ignore: whole names, prefix
@@ -198,9 +218,13 @@ def stored_weights(
         paths = shards(paths[0])
     wanted = {prefix + name: tensor for name, tensor in wanted.items()}
     found = places(paths, prefix)
-    compare_names(wanted, found.keys() - set(ignore), paths[0])
+    scales = {name for name in found if name.endswith(SCALES)}
+    if scales and dtype is not None:
+        raise Refusal(f"{paths[0]} has weights in 8 bits, {min(scales)} among them; {IN_8_BITS}")
+    compare_names(wanted, found.keys() - set(ignore) - scales, paths[0])
     for file in paths:
-        compare_forms({name: wanted[name] for name in wanted if found[name] == file}, file)
+        forms = {name: wanted[name] for name in wanted if found[name] == file}
+        compare_forms(forms, file, eight_bits=dtype is None)
     for file, names in groupby(wanted, found.get):
         for name, tensor in each_tensor(list(names), file, dtype, device):
             yield name.removeprefix(prefix), tensor
@@ -209,7 +233,7 @@ def stored_weights(
 def read_weights(
     wanted: Mapping[str, Tensor],
     path: Path | Sequence[Path],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
@@ -230,7 +254,7 @@ def share(shape: Sequence[int], count: int) -> Sequence[int]:
 def each_weight(
     net: nn.Module,
     path: Path | Sequence[Path],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),

@@ -186,10 +186,11 @@ class Teacher:
         return load_weights(net, path, dtype, device, self.prefix())
 
     def read(
-        self, shift: float, path: Path | list[Path], dtype: torch.dtype, device: torch.device
+        self, shift: float, path: Path | list[Path], dtype: torch.dtype | None, device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """What `load` would assign, by name, one tensor at a time in the order of the network's
-        `state_dict`: so that no rank holds all of a network that ranks share.
+        `state_dict`: so that no rank holds all of a network that ranks share. dtype None: as it is
+        stored, be it in 8 bits.
         """
         import torch
 

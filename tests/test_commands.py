@@ -179,7 +179,7 @@ def test_every_field_says_what_it_may_be():
         if int in kinds or float in kinds:
             assert isinstance(field.metadata["may"], Range), field.name
     words = [field.name for field in FIELDS if isinstance(field.metadata["may"], Choice)]
-    adapters = ["adapter_init", "adapter_train", "lora_format"]
+    adapters = ["adapter_init", "adapter_train", "base_dtype", "lora_format"]
     wanted = [
         "t_dmd",
         "t_fake",
