@@ -128,6 +128,7 @@ def keys_of(file: str, table: str) -> tuple[str, ...]:
 COUNT, AMOUNT, SHARE = Range(low=1), Range(low=0), Range(low=0, high=1)
 POSITIVE, ANY = Range(above=0), Range()
 TIMES = Choice(("uniform", "logit-normal"))
+LORA_FORMATS = ("own", "kohya", "comfyui", "diffusers")  # see teachers/lora.py
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,25 @@ class Config:
     disc_text: bool = setting(True, "condition it on the caption")
     disc_reference: bool = setting(True, "condition it on a real image of the same caption")
 
+    adapter: int = setting(
+        0, "rank of adapters on one frozen base; 0: full training", AMOUNT, group="adapters"
+    )
+    adapter_layers: tuple[str, ...] = setting(
+        (), "words, one of which is in a layer's name; none: all layers of the blocks"
+    )
+    adapter_init: str = setting(
+        "inputs", "A reads where a layer's inputs are, or anywhere", Choice(("inputs", "random"))
+    )
+    adapter_train: str = setting(
+        "B", "B alone, with which IDA is exact, or A and B", Choice(("B", "both"))
+    )
+    base_dtype: str = setting(
+        "bf16", "of the base's layers; int8, fp8: weights alone", Choice(("bf16", "int8", "fp8"))
+    )
+    lora_format: str = setting(
+        "own", "whose names the LoRA has; own: what most programs read", Choice(LORA_FORMATS)
+    )
+
     steps: int = setting(750, "iterations", COUNT, group="optimisation")
     batch: int = setting(32, "samples per rank, at a time", COUNT)
     accumulate: int = setting(1, "such batches per rank and iteration", COUNT)
@@ -207,6 +227,9 @@ class Config:
     eps: float = setting(1e-8, "of AdamW", POSITIVE)
     clip: float = setting(1.0, "the gradient norm to which longer ones are shortened", POSITIVE)
     recompute: bool = setting(True, "recompute the blocks' activations: less memory")
+    vae_tile: int = setting(
+        0, "pixels a side of the tiles that images are decoded in; 0: whole", AMOUNT
+    )
     shard: str = setting(
         "auto", "over ranks: copies (ddp), shards (fsdp)", Choice(("auto", "none", "ddp", "fsdp"))
     )
@@ -220,7 +243,7 @@ class Config:
 
     out: str = setting("", "output folder", group="run")
     export: str = setting(
-        "student", "the student alone, or full: the official file too", Choice(("student", "full"))
+        "student", "the student alone, or full: an official file too", Choice(("student", "full"))
     )
     save_every: int = setting(250, "iterations between checkpoints", COUNT)
     save_minutes: float = setting(0.0, "minutes between them, whichever is first; 0: any", AMOUNT)
@@ -233,6 +256,7 @@ class Config:
 HOUSEKEEPING = (
     "out",
     "export",
+    "lora_format",
     "cache",
     "weights",
     "compile",  # this one and the next: numbers are rounded otherwise, and mean the same

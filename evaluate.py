@@ -69,7 +69,7 @@ from measure.scorers import (
 )
 from nets.weights import DTYPES
 from teachers import Teacher
-from teachers.students import read_student, student_taus, teacher_of
+from teachers.students import is_lora, read_student, student_taus, teacher_of
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
@@ -87,7 +87,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
     family.check_size(size)
     family.check_measured(size)
-    files = family.locate(given.weights, denoiser=not own_denoiser)
+    files = family.locate(given.weights, denoiser=not own_denoiser or is_lora(about))
     scorers = {} if family.own_features else locate_scorers(given.weights)
     guidance = (preset.guidance if given.guidance is None else given.guidance) or None
     exam = family.exam(guidance) if given.prompts is None and family.examined else None
@@ -97,7 +97,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         files=files,
         denoisers={
             "teacher": [own_denoiser] if own_denoiser else files["denoiser"],
-            "student": [given.student],
+            "student": [given.student, *(files["denoiser"] if is_lora(about) else [])],
         },
         scorers=scorers,
         size=size,
@@ -108,6 +108,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         each=each,
         samplings=ways(given, about, guidance, family),
         out=given.out or given.student.parent / "evaluation",
+        adapter_scale=given.adapter_scale,
     )
     return task, exam
 

@@ -36,7 +36,7 @@ from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher, find
-from teachers.students import read_student, student_taus, teacher_of, times_of
+from teachers.students import is_lora, load_saved, read_student, student_taus, teacher_of, times_of
 
 
 def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
@@ -49,6 +49,7 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     if given.checkpoint:
         steps, sampler, guidance = int(about["steps"]), about["sampler"], given.guidance
         settings["checkpoint"] = given.checkpoint.name
+        settings |= {"adapter_scale": given.adapter_scale} if is_lora(about) else {}
     else:
         steps, sampler = (preset.student_steps if family.only_sampled else 50), "euler"
         guidance = preset.guidance if given.guidance is None else given.guidance
@@ -76,10 +77,12 @@ def load(
     device: torch.device,
 ) -> nn.Module:
     """The denoiser; its sampling times go into the settings, where they are not a student's own."""
-    path, shift = files.get("denoiser"), family.preset.shift
+    how = (DTYPES[settings["dtype"]], device)
     if given.checkpoint:
-        path, shift = given.checkpoint, float(read_student(given.checkpoint)["shift"])
-    net = family.load(shift, path, DTYPES[settings["dtype"]], device)
+        paths = [given.checkpoint, *files.get("denoiser", [])]
+        net = load_saved(family, paths, *how, scale=given.adapter_scale)
+    else:
+        net = family.load(family.preset.shift, files["denoiser"], *how)
     if settings["taus"] is None:
         asked = (settings["steps"], settings["size"], bool(given.checkpoint))
         settings["taus"] = times_of(family, net.schedule, *asked)
@@ -111,7 +114,8 @@ def main() -> None:
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
         size, dtype = settings["size"], DTYPES[settings["dtype"]]
-        files = family.locate(given.weights, not given.checkpoint, t5=not given.no_t5)
+        whole = given.checkpoint and not is_lora(read_student(given.checkpoint))
+        files = family.locate(given.weights, not whole, t5=not given.no_t5)
         text = family.load_text(files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]
         conds = encode_all(text, prompts, given.batch, device, size)

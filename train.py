@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, Refusal, refuse
+from config import Config, refuse
 from dataset.ahead import Ahead
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
@@ -40,7 +40,9 @@ from engine.batch import Batch, fill_cache, ids_of, load_batch
 from engine.build import (
     Learner,
     Nets,
+    aim_adapters,
     anchors,
+    base_of,
     build_learners,
     build_nets,
     check_optimizer,
@@ -50,7 +52,7 @@ from engine.build import (
 )
 from engine.plan import show_plan
 from engine.progress import Progress, header
-from engine.results import finish, is_examined, show
+from engine.results import check_export, finish, is_examined, show
 from engine.run import LOSSES, LogFile, Run, keep_samples, open_board, prepare_folder, say
 from ida import ida_update
 from isg import isg_loss
@@ -260,6 +262,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
     saved = nets.trained(), {name: opt.optimizers for name, opt in opts.items()}
     state, remarks = checkpoint.load_checkpoint(folder, *saved)
     first = run.resume(state) if state else 0
+    if cfg.adapter and not state:
+        aim_adapters(cfg, nets, data, device)
     for remark in remarks:
         say(remark)
     for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
@@ -308,18 +312,17 @@ def main() -> None:
         cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
         check_optimizer(cfg.optimizer)
         data = open_inputs(cfg, family)
-        if cfg.export == "full" and not family.prefix():
-            raise Refusal(f"--export full: the file of {family.name} holds no other network")
-        out = prepare_folder(cfg, given.overwrite)
+        check_export(cfg, family)
+        out = prepare_folder(cfg, given.overwrite, base := base_of(cfg, family))
         cache = fill_cache(cfg, family, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
         examined = is_examined(cfg, family)
         exam = family.exam(cfg.guidance) if examined and ranks.rank() == 0 else None
-        teacher = whole_net(nets.teacher, cfg, family) if examined else None
+        teacher = whole_net(nets.teacher, cfg, nets) if examined else None
         if exam:
             exam.ask_teacher(teacher)
     if ranks.rank() == 0:  # not before: what was refused leaves nothing behind
-        settings = dataclasses.asdict(cfg) | {"world": ranks.world()}
+        settings = dataclasses.asdict(cfg) | {"world": ranks.world(), "base": base}
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     start = time.time()
     try:

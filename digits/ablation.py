@@ -40,7 +40,7 @@ from engine import ranks
 from engine.pictures import Graph, graphs_alone
 from schedule import grid
 from teachers import find
-from teachers.students import read_student, student_taus
+from teachers.students import load_student, student_taus
 
 TEACHER = find("digits")
 PRESET = TEACHER.preset
@@ -116,8 +116,8 @@ def train(flags: list[str], folder: Path, stop: Event) -> None:
 
 def examine(exam: Exam, path: Path) -> list[dict]:
     """The student's rows, at each of COUNTS."""
-    about = read_student(path)
-    student = TEACHER.load(float(about["shift"]), path, *HOW).requires_grad_(False).eval()
+    student, about = load_student(path, *HOW)
+    student.requires_grad_(False).eval()
     taus = student_taus(about)
     times = [student_times(student, taus, steps) for steps in COUNTS]
     return [exam_row(exam, "student", student, given, "x0") for given in times]

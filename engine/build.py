@@ -8,6 +8,7 @@ optimizer_class            of a name with dots
 precision                  bf16 on one device
 open_inputs                data and weights: the teacher's own, or what flags name
 whole_net                  a denoiser that a rank can call alone
+aim_adapters               what adapters read
 """
 
 import copy
@@ -22,15 +23,19 @@ import torch._dynamo.config as dynamo
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from adapter import aim, anywhere, watched
 from config import Config, Refusal
 from dataset.cache import Cache
 from dataset.images import Images
 from dataset.sources import Prompts, open_data
 from discriminator import Discriminator
+from dmd import fake_loss, student_input
 from engine import ranks
-from engine.batch import read_null, uncropped
-from nets.files import Files
-from schedule import Cond, generator, grid
+from engine.batch import load_batch, read_null, uncropped
+from engine.views import Roles, check_views, load_views, one_fixed, whole_view
+from nets.files import Files, fingerprint
+from nets.tiles import Tiled
+from schedule import Cond, Rng, anchor_at, generator, grid
 from teachers import Teacher, find
 
 
@@ -132,6 +137,12 @@ def locate_files(cfg: Config, family: Teacher, cached: bool = False) -> Files:
     return family.locate(cfg.weights, text=not cached, t5=cfg.t5, disc=cfg.w_gan > 0)
 
 
+def base_of(cfg: Config, family: Teacher) -> str:
+    """Fingerprint of the file that adapters stand on; "" without them."""
+    files = locate_files(cfg, family, cached=True)["denoiser"] if cfg.adapter else []
+    return "+".join(map(fingerprint, files))
+
+
 # --- networks ------------------------------------------------------------------------------------
 
 
@@ -142,21 +153,21 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     """
     if cfg.compile:
         check_compiler(device)
+    if cfg.adapter or cfg.base_dtype != "bf16":
+        check_views(cfg)
     family = find(cfg.teacher)
     files = locate_files(cfg, family, cached=bool(cache))
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     disc = build_disc(cfg, family, files, frozen, device) if cfg.w_gan else None
-    mesh = ranks.choose_mesh(cfg.shard, count_trained(cfg, family, disc), device)
+    many = 0 if cfg.adapter else count_trained(cfg, family, disc)
+    mesh = ranks.choose_mesh(cfg.shard, many, device)
     if disc:
         ranks.shard_heads(disc.heads, mesh, device)
-    load = partial(load_denoiser, cfg, family, files["denoiser"], device)
-    student = load(torch.float32, family.start, mesh)
-    twin = partial(load, torch.float32, family.start, mesh, student)
-    fake, ema = twin(), twin().requires_grad_(False) if cfg.ema else student
-    sharded = mesh if mesh and mesh.size(-1) > 1 else None  # a frozen network has no need of copies
-    teacher = load(frozen, freeze, sharded)
+    roles = load_views if cfg.adapter else load_roles
+    student, fake, ema, teacher = roles(cfg, family, files["denoiser"], frozen, device, mesh)
     vae = family.load_vae(files, frozen, device)
-    for net in (student, fake, teacher, *([ema] if cfg.ema else [])):
+    vae = Tiled(vae, cfg.vae_tile) if cfg.vae_tile else vae
+    for net in {student: 0, fake: 0, ema: 0, teacher: 0}:
         run_blocks(net, cfg.compile, cfg.recompute and net in (student, fake))
     for net in (student, fake, ema, teacher, vae) if cfg.channels_last else ():
         channels_last(net)
@@ -171,6 +182,23 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     )
     null = read_null(cfg, family, text, device)
     return Nets(family, student, fake, teacher, disc, vae, ema, text, reader, shown, null, cache)
+
+
+def load_roles(
+    cfg: Config,
+    family: Teacher,
+    path: list[Path],
+    frozen: torch.dtype,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+) -> Roles:
+    """Student, fake score, average (the student itself without one) and teacher, each whole."""
+    load = partial(load_denoiser, cfg, family, path, device)
+    student = load(torch.float32, family.start, mesh)
+    twin = partial(load, torch.float32, family.start, mesh, student)
+    fake, ema = twin(), twin().requires_grad_(False) if cfg.ema else student
+    sharded = mesh if mesh and mesh.size(-1) > 1 else None  # a frozen network has no need of copies
+    return student, fake, ema, load(frozen, freeze, sharded)
 
 
 @torch.no_grad()
@@ -340,10 +368,49 @@ def precision(cfg: Config, nets: Nets, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def whole_net(net: nn.Module, cfg: Config, family: Teacher) -> nn.Module:
+def whole_net(net: nn.Module, cfg: Config, nets: Nets) -> nn.Module:
     """A denoiser that a rank can call alone. All ranks must ask for it."""
+    family = nets.family
     if not ranks.is_shared(net):
         return net
+    if cfg.adapter:
+        return whole_view(net, nets.teacher, cfg, family)
     alone = family.build(cfg.shift)
     alone.load_state_dict(dict(ranks.gather(net)), assign=True)
     return alone.requires_grad_(False)
+
+
+# --- what adapters read --------------------------------------------------------------------------
+
+WATCHED = 64  # samples at least, and 16 batches
+
+
+@torch.no_grad()
+def aim_adapters(cfg: Config, nets: Nets, data, device: torch.device) -> None:
+    """Before the first step: A reads what student and fake score see most of in their first
+    iterations, alike on every rank; with --adapter-init random, whatever it comes to."""
+    views = {net: 0 for net in (nets.student, nets.fake, nets.ema)}
+    if cfg.adapter_init == "random":
+        found = anywhere(nets.student, cfg.seed)
+    else:
+        with watched([nets.student, nets.fake], rows=4 * cfg.adapter + 64) as found:
+            each = cfg.batch * cfg.accumulate
+            for k in range(max(16, WATCHED // each)):
+                ids = range(k * each, (k + 1) * each)
+                batch = load_batch(ids, data(ids), nets, cfg, device).split(cfg.accumulate)[0]
+                with precision(cfg, nets, device):
+                    draw_unlearned(batch, nets, cfg, k)
+    aim([*views], found)
+    one_fixed(*views)
+
+
+def draw_unlearned(batch, nets: Nets, cfg: Config, k: int) -> None:
+    """The calls of an iteration's beginning, for what comes into the layers."""
+    student, rng = nets.student, partial(Rng, cfg.seed, k)
+    taus = anchors(cfg, student.schedule)
+    p = 1.0 if batch.images is None else cfg.p_backward
+    given = (batch.x0_real, batch.cond, taus, rng("input", batch.ids), p)
+    x_t, i = student_input(student, *given)
+    tau = anchor_at(taus, i, x_t)
+    x0 = student.schedule.x0(x_t, student(x_t, tau, batch.cond), tau)
+    fake_loss(nets.fake, x0, batch.cond, cfg.t_fake, rng("fake", batch.ids))

@@ -7,7 +7,6 @@
 Image k depends on its prompt and on (seed, k) alone, and its PNG carries what it was made with.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from tqdm import tqdm
 from engine.batch import encode_all
 from engine.pictures import save_png
 from measure.distances import from_uint8
-from nets.files import Files
+from nets.files import Files, fingerprint
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher
-from teachers.students import read_student, times_of
+from teachers.students import load_saved, times_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Task:
     each: int  # images of every prompt, one after the other
     samplings: tuple[Sampling, ...]  # the first is what the others are held against
     out: Path
+    adapter_scale: float = 1.0  # of the student's LoRA
 
     @property
     def count(self) -> int:
@@ -75,23 +75,13 @@ class Task:
 # --- images --------------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path) -> str:
-    """Of a file's length and of 64 KiB in each 64th of it: of a small file, all."""
-    size, piece = path.stat().st_size, 2**16
-    total = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with path.open("rb") as file:
-        for i in range(64):
-            file.seek(max(i * piece, i * size // 64))
-            total.update(file.read(piece))
-    return total.hexdigest()
-
-
 def settings_of(task: Task, s: Sampling) -> Callable[[int], dict]:
     """k -> all that image k depends on, as its PNG carries it."""
     weights = [fingerprint(path) for path in task.denoisers[s.who]]
     alike = {"teacher": task.family.name, "weights": weights, "size": list(task.size)}
     alike |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
     alike |= {"dtype": task.dtype, "seed": task.seed}
+    alike |= {"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {}
     return lambda k: alike | {"prompt": task.prompts[k // task.each], "image": k}
 
 
@@ -147,10 +137,12 @@ def encode_prompts(
 
 def load_net(task: Task, who: str, *how) -> nn.Module:
     """how: dtype and device."""
-    path, shift = task.denoisers[who], task.family.preset.shift
+    paths, family = task.denoisers[who], task.family
     if who == "student":
-        shift = float(read_student(path[0])["shift"])
-    return task.family.load(shift, path, *how).requires_grad_(False).eval()
+        net = load_saved(family, paths, *how, scale=task.adapter_scale)
+    else:
+        net = family.load(family.preset.shift, paths, *how)
+    return net.requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -153,6 +153,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help=compile)
     last = "convolutions of UNet and autoencoder: channels innermost in memory"
     parser.add_argument("--channels-last", action="store_true", help=last)
+    add_adapter_scale(parser)
     scale = "enlargement; default: 1, the embedded task 8"
     parser.add_argument("--scale", type=int, may=COUNT, help=scale)
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
@@ -200,6 +201,7 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
     parser.add_argument("--weights", default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    add_adapter_scale(parser)
     parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
     for title, repo, file in (
         ("CLIP-g", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.safetensors"),
@@ -314,6 +316,11 @@ def pretrain_arguments(about: str | None) -> argparse.Namespace:
     which = Choice(("all", "judge", "backbone", "teacher", "samples"))
     parser.add_argument("which", nargs="?", default="all", may=which, help="default: all")
     return parser.parse_args()
+
+
+def add_adapter_scale(parser: Parser) -> None:
+    help = "of what a student that is a LoRA adds to its teacher; default: 1"
+    parser.add_argument("--adapter-scale", type=float, may=ANY, default=1.0, help=help)
 
 
 def add_size(parser: Parser, default: str) -> None:

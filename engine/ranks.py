@@ -285,6 +285,12 @@ def copy_shards(net: nn.Module, other: nn.Module) -> None:
         place.copy_(tensor)
 
 
+def from_first(tensor: Tensor) -> None:
+    """Sets it to what it is on rank 0."""
+    if world() > 1:
+        dist.broadcast(tensor, src=0)
+
+
 def gather(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names, sorted, and whole tensors, one at a time; every rank must ask for all of them."""
     for name, tensor in sorted(net.state_dict().items()):

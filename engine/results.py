@@ -2,8 +2,8 @@
 
 show          while the student learns: a short exam, or a sheet of its images
 finish        all that is left at the end
-export        the student as a safetensors file with its teacher's names
-merge         --export full: the official file, the student in its teacher's place
+export        the student as a safetensors file with its teacher's names; or, of adapters, a LoRA
+merge         --export full: an official file, the student in its teacher's place
 draw_sheet    the student's images for the first captions of the data
 report        the table, the pictures and metrics.json
 """
@@ -12,21 +12,24 @@ import collections
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from config import Config
+from adapter import merged, pairs
+from config import Config, Refusal
 from dataset.images import Pairs
 from engine import ranks
 from engine.batch import load_batch
-from engine.build import Nets, anchors, precision, whole_net
+from engine.build import Nets, anchors, base_of, precision, whole_net
 from engine.pictures import curves, sheet
 from engine.run import Run, say
-from nets.weights import merge_weights, stream_weights
+from nets.weights import has_eight_bits, merge_weights, stream_weights, write
 from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find
-from teachers.students import read_student
+from teachers.lora import format_of, lora_tensors, read_lora
 
 
 def show(
@@ -36,7 +39,7 @@ def show(
     draw_sheet(cfg, nets, data, out / "samples" / f"step-{done:06d}.png", device)
     if not nets.family.examined:
         return
-    student = whole_net(nets.ema, cfg, nets.family)
+    student = whole_net(nets.ema, cfg, nets)
     if exam:
         row = exam.short(student, anchors(cfg, nets.student.schedule))
         run.exams.append({"name": f"student, step {done}", "step": done} | row)
@@ -47,14 +50,15 @@ def finish(
     cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torch.device, start: float
 ) -> None:
     """The student's file, then what shows it."""
-    path, family = export(nets, cfg, out), nets.family
+    about, family = metadata_of(cfg, nets), nets.family
+    path = (export_lora if cfg.adapter else export)(nets, cfg, out, about)
     if not family.examined:
         draw_sheet(cfg, nets, data, out / "samples.png", device)
     if is_examined(cfg, family):  # rank 0 examines, on whole networks that all ranks gather
-        whole = {name: whole_net(getattr(nets, name), cfg, family) for name in ("ema", "teacher")}
+        whole = {name: whole_net(getattr(nets, name), cfg, nets) for name in ("ema", "teacher")}
         nets = dataclasses.replace(nets, **whole)
     if cfg.export == "full" and ranks.rank() == 0:
-        merge(cfg, path)
+        merge(cfg, nets, path, about)
     if ranks.rank() == 0:
         report(cfg, out, nets, exam, run, time.time() - start)
         made = (name for name in LEFT if (out / name).exists())
@@ -65,10 +69,23 @@ def is_examined(cfg: Config, family: Teacher) -> bool:
     return family.examined and (cfg.table or cfg.exam_every > 0)
 
 
-def export(nets: Nets, cfg: Config, out: Path) -> Path:
-    """Fit for sample.py; all ranks take part."""
-    path, name, prefix = out / "student.safetensors", nets.family.name, nets.family.prefix()
-    metadata = {
+def check_export(cfg: Config, family: Teacher) -> None:
+    """ValueError for a file that cannot be written at the end."""
+    if cfg.export == "full" and not cfg.adapter and not family.prefix():
+        raise Refusal(f"--export full: the file of {family.name} holds no other network")
+    if cfg.adapter:
+        format_of(family, cfg.lora_format)
+    if cfg.adapter and cfg.export == "full":
+        files = family.locate(cfg.weights, text=False)["denoiser"]
+        if has_eight_bits(files):
+            raise Refusal(f"--export full: {files[0]} is in 8 bits; merge on the original file")
+
+
+def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
+    """What a student's file says of itself."""
+    name = nets.family.name
+    return {
+        "format": "pt",
         "modelspec.architecture": name,
         "modelspec.title": f"SenseFlow {cfg.student_steps}-step student of {name}",
         "teacher": name,
@@ -78,23 +95,57 @@ def export(nets: Nets, cfg: Config, out: Path) -> Path:
         "size": json.dumps(cfg.size),
         "taus": json.dumps(anchors(cfg, nets.student.schedule)),
     }
+
+
+def export(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
+    """Fit for sample.py; all ranks take part."""
+    path, prefix = out / "student.safetensors", nets.family.prefix()
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     shapes = {prefix + name: x.shape for name, x in sorted(nets.ema.state_dict().items())}
     tensors = ((prefix + name, x) for name, x in ranks.gather(nets.ema))
     if ranks.rank() == 0:
-        stream_weights(tensors, shapes, path, dtype, metadata)
+        stream_weights(tensors, shapes, path, dtype, about)
     else:
         collections.deque(tensors, maxlen=0)  # takes part, keeps nothing
     return path
 
 
-def merge(cfg: Config, student: Path) -> None:
-    """The official file of several networks, the student in its teacher's place."""
-    family, dtype = find(cfg.teacher), torch.bfloat16 if cfg.bf16 else torch.float32
-    net = family.load(cfg.shift, student, dtype)
-    base = family.locate(cfg.weights, text=False)["denoiser"][0]
-    about, path = read_student(student), student.with_name("full.safetensors")
-    merge_weights(net, path, base, about, family.prefix())
+def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
+    """The student's adapters, fit for sample.py and for other programs; all ranks take part."""
+    path, family = out / "student.safetensors", nets.family
+    added = pairs(whole_net(nets.ema, cfg, nets))
+    if ranks.rank() == 0:
+        kind = format_of(family, cfg.lora_format)
+        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+        tensors = lora_tensors(family, kind, added, nets.teacher)
+        tensors = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
+        more = {"modelspec.architecture": f"{family.name}/lora", "guidance": str(cfg.guidance)}
+        more |= {"rank": str(cfg.adapter), "alpha": str(cfg.adapter), "lora_format": kind}
+        write(tensors, path, about | more | {"base": base_of(cfg, family)})
+    return path
+
+
+def merge(cfg: Config, nets: Nets, student: Path, about: dict[str, str]) -> None:
+    """An official file, the student in its teacher's place; of adapters, added to that in fp32."""
+    family, path = find(cfg.teacher), student.with_name("full.safetensors")
+    base = family.locate(cfg.weights, text=False)["denoiser"]
+    if cfg.adapter:
+        state = merged_weights(cfg, nets, student, base)
+    else:
+        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+        state = family.load(cfg.shift, student, dtype).state_dict().items()
+    merge_weights(state, path, base, about, family.prefix())
+
+
+def merged_weights(
+    cfg: Config, nets: Nets, student: Path, base: list[Path]
+) -> Iterator[tuple[str, Tensor]]:
+    """Of the teacher's files and the LoRA as it was written, one by one, in fp32."""
+    family = nets.family
+    own = family.own_weights(nets.teacher, cfg.guidance)
+    weights = family.read(cfg.shift, base, torch.float32, "cpu")
+    for name, weight in merged(weights, read_lora(student, family, nets.teacher)):
+        yield name, own.get(name, weight)
 
 
 SHOWN = 4  # captions of the sheet

@@ -27,8 +27,11 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
-def prepare_folder(cfg: Config, overwrite: bool) -> Path:
-    """The output folder, made if need be. ValueError if it holds a run of another configuration."""
+def prepare_folder(cfg: Config, overwrite: bool, base: str = "") -> Path:
+    """The output folder, made if need be. ValueError if it holds a run of another configuration.
+
+    base: fingerprint of the file that adapters stand on.
+    """
     out = Path(cfg.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -44,7 +47,10 @@ def prepare_folder(cfg: Config, overwrite: bool) -> Path:
         saved.unlink(missing_ok=True)
     if saved.is_file():
         try:
-            changed = differences(json.loads(saved.read_text()), cfg)
+            old = json.loads(saved.read_text())
+            changed = differences(old, cfg)
+            if old.get("base", "") != base:
+                changed.append(f"the file of the base: {old.get('base')} -> {base}")
         except (json.JSONDecodeError, AttributeError):
             raise Refusal(f"{saved} is damaged; start anew with --overwrite") from None
         if changed:

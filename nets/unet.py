@@ -109,6 +109,7 @@ class Transformer(nn.Module):
         self, width: int, context_width: int, heads: int, depth: int, linear: bool, groups: int
     ):
         super().__init__()
+        self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
@@ -116,9 +117,13 @@ class Transformer(nn.Module):
             TransformerBlock(width, context_width, heads) for _ in range(depth)
         )
 
-    @staticmethod
-    def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    def project(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """x (B, L, D) -> the same shape."""
+        if self.linear:
+            return layer(x)
+        if isinstance(layer, nn.Conv2d):
+            return F.linear(x, layer.weight.flatten(1), layer.bias)
+        return layer(x.mT[..., None])[..., 0].mT  # a convolution with an adapter
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, D)

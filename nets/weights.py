@@ -32,6 +32,9 @@ from config import Refusal
 MAPPED = 2**23  # bytes read through one mapping
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # as flags name them
+EIGHT_BITS = "F8_E4M3"  # what people store large networks in; beside it, scales
+SCALES = (".scale_weight", ".scale_input", "scaled_fp8")
+IN_8_BITS = "fetch the original file, or train adapters on this: --adapter RANK --base-dtype fp8"
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -120,6 +123,16 @@ def places(paths: Sequence[Path], prefix: str) -> dict[str, Path]:
     return found
 
 
+def has_eight_bits(paths: Sequence[Path]) -> bool:
+    """Whether a weight of these files is stored so."""
+    for path in paths:
+        with open_weights(path) as file:
+            names = file.keys()
+            if any(file.get_slice(name).get_dtype() == EIGHT_BITS for name in names):
+                return True
+    return False
+
+
 def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -> None:
     """Every name wanted is found, and no other."""
     missing = sorted(set(wanted) - set(found))
@@ -132,8 +145,12 @@ def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -
         )
 
 
-def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Each tensor of the file has the shape wanted, and floating-point numbers."""
+def compare_forms(wanted: Mapping[str, Tensor], path: Path, eight_bits: bool = False) -> None:
+    """Each tensor of the file has the shape wanted, and floating-point numbers of 16 bits or more.
+
+    eight_bits: or of 8.
+    """
+    allowed = (*FLOATS, EIGHT_BITS) if eight_bits else FLOATS
     with open_weights(path) as file:
         for name, tensor in wanted.items():
             stored = file.get_slice(name)
@@ -142,17 +159,18 @@ def compare_forms(wanted: Mapping[str, Tensor], path: Path) -> None:
                     f"{path}: {name} has shape {stored.get_shape()}, "
                     f"the network wants {list(tensor.shape)}; give the file of this network"
                 )
-            if stored.get_dtype() not in FLOATS:
+            if stored.get_dtype() not in allowed:
+                remedy = f"fetch the original file, which has {', '.join(FLOATS)}"
                 raise Refusal(
                     f"{path}: {name} is stored as {stored.get_dtype()}, a quantised or foreign "
-                    f"copy; fetch the original file, which has {', '.join(FLOATS)}"
+                    f"copy; {IN_8_BITS if stored.get_dtype() == EIGHT_BITS else remedy}"
                 )
 
 
 def each_tensor(
-    names: Collection[str], path: Path, dtype: torch.dtype, device: torch.device | str
+    names: Collection[str], path: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of one file by name, cast to `dtype`, finite.
+    """Tensors of one file by name, cast to `dtype` (None: as stored), finite.
 
     Through many mappings: the pages of a mapping count as memory until it is closed. And copied, so
     that no tensor depends on a file that may be replaced.
@@ -165,7 +183,7 @@ def each_tensor(
                 name = waiting.pop()
                 stored = file.get_tensor(name)
                 read += stored.nbytes
-                tensor = stored.to(device, dtype, copy=True)
+                tensor = stored.to(device, dtype or stored.dtype, copy=True)
                 check_finite(tensor, name, path)
                 yield name, tensor
 
@@ -177,6 +195,8 @@ def read_tensors(
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:  # has no such function
+        tensor = tensor.bfloat16()
     low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
     if not low.isfinite() & high.isfinite():
         raise Refusal(
@@ -188,13 +208,13 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> None:
 def stored_weights(
     wanted: Mapping[str, Tensor],
     path: Path | Sequence[Path],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors in the order of `wanted`, whose names and shapes they must have, cast to
-    `dtype`.
+    `dtype`; None: as stored, be it in 8 bits, and scales of those are not looked at.
 
     path: see `files_of`. prefix: what precedes this network's names in a file that holds several
     networks; the others are not looked at. ignore: whole names, prefix included, of what is in the
@@ -203,9 +223,13 @@ def stored_weights(
     paths = files_of(path)
     wanted = {prefix + name: tensor for name, tensor in wanted.items()}
     found = places(paths, prefix)
-    compare_names(wanted, found.keys() - set(ignore), paths[0])
+    scales = {name for name in found if name.endswith(SCALES)}
+    if scales and dtype is not None:
+        raise Refusal(f"{paths[0]} has weights in 8 bits, {min(scales)} among them; {IN_8_BITS}")
+    compare_names(wanted, found.keys() - set(ignore) - scales, paths[0])
     for file in paths:
-        compare_forms({name: wanted[name] for name in wanted if found[name] == file}, file)
+        forms = {name: wanted[name] for name in wanted if found[name] == file}
+        compare_forms(forms, file, eight_bits=dtype is None)
     for file, names in groupby(wanted, found.get):
         for name, tensor in each_tensor(list(names), file, dtype, device):
             yield name.removeprefix(prefix), tensor
@@ -214,7 +238,7 @@ def stored_weights(
 def read_weights(
     wanted: Mapping[str, Tensor],
     path: Path | Sequence[Path],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
@@ -235,7 +259,7 @@ def share(shape: Sequence[int], count: int, of: int = 1) -> Sequence[int]:
 def each_weight(
     net: nn.Module,
     path: Path | Sequence[Path],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
@@ -349,20 +373,32 @@ def stream_weights(
 
 
 def merge_weights(
-    net: nn.Module, path: Path, base: Path, metadata: dict[str, str], prefix: str
+    state: Iterable[tuple[str, Tensor]],
+    path: Path,
+    base: Sequence[Path],
+    metadata: dict[str, str],
+    prefix: str,
 ) -> None:
-    """A copy of the file `base` with the network under `prefix` replaced by this one.
+    """A copy of the file `base`, in however many shards, with the network under `prefix` replaced.
 
-    Each tensor keeps the dtype it has there, so names, dtypes, shapes and order are those of
-    `base`.
+    state: by name, its tensors. Each keeps the dtype it has in `base`, so names, dtypes, shapes and
+    order are those of `base`.
     """
-    ours = {prefix + name: tensor for name, tensor in net.state_dict().items()}
-    compare_names(ours, places([base], prefix), base)
-    compare_forms(ours, base)
-    with open_weights(base) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in ours.items():
-        tensors[name] = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
+    tensors = {}
+    for part in base:
+        with open_weights(part) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    theirs, ours = [name for name in tensors if name.startswith(prefix)], []
+    for name, tensor in ((prefix + name, x) for name, x in state):
+        ours.append(name)
+        stored = tensors.get(name, tensor)
+        if stored.shape != tensor.shape:
+            raise Refusal(
+                f"{base[0]}: {name} has shape {[*stored.shape]}, the network wants "
+                f"{[*tensor.shape]}; give the file of this network"
+            )
+        tensors[name] = tensor.detach().to("cpu", stored.dtype).contiguous()
+    compare_names(ours, theirs, base[0])
     write(tensors, path, metadata)
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from nets.names import Other
+
     Cond = dict[str, Tensor]
 
 
@@ -71,6 +73,9 @@ class Teacher:
     optional: tuple[str, ...] = ()  # parts that --no-t5 does without; whoever locates files asks
     not_weights: tuple[str, ...] = ()  # what is in its files and no network wants
     own_data = ""  # said where --data or --cache is refused: it brings its own data
+    with_adapters: dict = {}  # what of the preset changes with --adapter; `configure` asks
+    not_adapted: tuple[str, ...] = ()  # layers that get no adapter, by how their names begin
+    lora_format = "comfyui"  # what --lora-format "own" is; see lora.py
     own_features = ""  # said where other measures are refused: `features` has its own
 
     def __init__(self, name: str, preset: Config, fewer: dict[int, dict] | None = None):
@@ -151,6 +156,18 @@ class Teacher:
         Where ranks share it, first of its form on the meta device, then of its shards.
         """
 
+    def own_weights(self, net: nn.Module, guidance: float) -> dict[str, Tensor]:
+        """What student and fake score have in place of weights of the teacher's network, by name,
+        in fp32, where they are adapters on it: there, what `start` is where they are whole.
+
+        guidance: --guidance, the scale that is theirs where the network takes one.
+        """
+        return {}
+
+    def other_names(self) -> dict[str, str | Other]:
+        """diffusers' names for the layers of the denoiser, a table; see nets/names.py."""
+        return {}
+
     def load(
         self,
         shift: float,
@@ -174,10 +191,11 @@ class Teacher:
         return load_weights(net, path, dtype, device, **self.layout(path))
 
     def read(
-        self, shift: float, path: Path | list[Path], dtype: torch.dtype, device: torch.device
+        self, shift: float, path: Path | list[Path], dtype: torch.dtype | None, device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """What `load` would assign, by name, one tensor at a time in the order of the network's
-        `state_dict`: so that no rank holds all of a network that ranks share.
+        `state_dict`: so that no rank holds all of a network that ranks share. dtype None: as it is
+        stored, be it in 8 bits.
         """
         import torch
 
@@ -470,4 +488,6 @@ def configure(teacher: str = "digits", **flags) -> Config:
     found = find(teacher)
     if found.only_sampled:
         raise Refusal(f"{teacher} is a few-step model itself; choose from {', '.join(names())}")
-    return resolve(replace(found.preset, teacher=teacher), found.fewer, found.name, **flags)
+    changed = found.with_adapters if flags.get("adapter") else {}
+    preset = replace(found.preset, teacher=teacher, **changed)
+    return resolve(preset, found.fewer, found.name, **flags)

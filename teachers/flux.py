@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from config import Config
 from nets.files import Files, Part
+from nets.names import Other
 from teachers import Networks, Teacher, scaled_heads
 
 DEV = Config(
@@ -31,12 +32,54 @@ DEV = Config(
     lr_warmup=500,
     lr_start=0.5,
 )
+ADAPTERS = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
 SCHNELL = Config(teacher="flux-schnell", guidance=0.0)
+
+
+def double(stream: str, qkv: tuple[str, ...], out: str, mlp: str, mod: str) -> dict:
+    """A stream of the double blocks."""
+    ours, theirs = f"double_blocks.*.{stream}_", "transformer_blocks.*."
+    return {
+        f"{ours}attn.qkv": Other(tuple(f"{theirs}attn.{name}" for name in qkv)),
+        f"{ours}attn.proj": f"{theirs}attn.{out}",
+        f"{ours}attn.norm.query_norm": f"{theirs}attn.norm_{'added_' * (stream == 'txt')}q",
+        f"{ours}attn.norm.key_norm": f"{theirs}attn.norm_{'added_' * (stream == 'txt')}k",
+        f"{ours}mlp.0": f"{theirs}{mlp}.net.0.proj",
+        f"{ours}mlp.2": f"{theirs}{mlp}.net.2",
+        f"{ours}mod.lin": f"{theirs}{mod}.linear",
+    }
+
+
+SINGLE, THEIRS = "single_blocks.*.", "single_transformer_blocks.*."
+QKV = ("to_q", "to_k", "to_v")
+ADDED = tuple(f"add_{x}_proj" for x in "qkv")
+DIFFUSERS = {  # names of modules; their norms' `scale` is `weight`
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    **{
+        f"{ours}_in.{side}_layer": f"time_text_embed.{theirs}_embedder.linear_{k}"
+        for ours, theirs in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
+        for k, side in ((1, "in"), (2, "out"))
+    },
+    **double("img", QKV, "to_out.0", "ff", "norm1"),
+    **double("txt", ADDED, "to_add_out", "ff_context", "norm1_context"),
+    f"{SINGLE}linear1": Other(
+        tuple(f"{THEIRS}{name}" for name in (*(f"attn.{x}" for x in QKV), "proj_mlp")),
+        shares=(1, 1, 1, 4),
+    ),
+    f"{SINGLE}linear2": f"{THEIRS}proj_out",
+    f"{SINGLE}norm.query_norm": f"{THEIRS}attn.norm_q",
+    f"{SINGLE}norm.key_norm": f"{THEIRS}attn.norm_k",
+    f"{SINGLE}modulation.lin": f"{THEIRS}norm.linear",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": Other(("norm_out.linear",), swapped=True),
+}
 
 
 class Flux(Teacher):
     guided_by = "input"
     t5_tokens = 512
+    with_adapters, lora_format = ADAPTERS, "kohya"
     repo, file = "black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"
 
     def parts(self) -> dict[str, Part]:
@@ -76,6 +119,28 @@ class Flux(Teacher):
         from model import silence_guidance
 
         silence_guidance(net)
+
+    def own_weights(self, net, guidance: float) -> dict:
+        """One scale, as part of a bias; the embedder gives zero for any other, as in a student that
+        is whole. What is trained beside the teacher's weights could not silence them."""
+        import torch
+
+        from nets.layers import time_embedding
+
+        if not net.cfg.guidance:
+            return {}
+        last, bias = net.guidance_in.out_layer, net.vector_in.out_layer.bias
+        t = torch.full((1,), 1000 * guidance, device=bias.device)
+        with torch.no_grad():
+            given = net.guidance_in(time_embedding(t))[0].float()
+        return {
+            "vector_in.out_layer.bias": bias.detach().float() + given,
+            "guidance_in.out_layer.weight": torch.zeros_like(last.weight, dtype=torch.float32),
+            "guidance_in.out_layer.bias": torch.zeros_like(last.bias, dtype=torch.float32),
+        }
+
+    def other_names(self) -> dict:
+        return DIFFUSERS
 
     def load_text(self, files: Files, *how):
         from nets.clip import CLIP

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from config import Config
 from nets.files import COMBINED, Files, Part
+from nets.names import Other
 from teachers import Networks, Teacher, scaled_heads
 
 LARGE = Config(
@@ -44,13 +45,60 @@ MEDIUM = Config(
     lr_fake=1e-6,
     lr_disc=1e-6,
 )
+ADAPTERS = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
 T5_TOKENS = 256  # diffusers' length; the released SenseFlow code pads to 77
+
+
+def stream(name: str, attn: str, qkv: tuple[str, ...], out: str, norm: str) -> dict:
+    """An attention of the blocks, with the norms of its queries and keys."""
+    ours, theirs = f"joint_blocks.*.{name}.", "transformer_blocks.*."
+    return {
+        f"{ours}{attn}.qkv": Other(tuple(f"{theirs}{x}" for x in qkv)),
+        f"{ours}{attn}.proj": f"{theirs}{out}",
+        f"{ours}{attn}.ln_q": f"{theirs}{norm}q",
+        f"{ours}{attn}.ln_k": f"{theirs}{norm}k",
+    }
+
+
+QKV, ADDED = [f"to_{x}" for x in "qkv"], [f"add_{x}_proj" for x in "qkv"]
+X, CONTEXT, THEIRS = (
+    "joint_blocks.*.x_block.",
+    "joint_blocks.*.context_block.",
+    "transformer_blocks",
+)
+DIFFUSERS = {  # names of modules; the position table is pos_embed.pos_embed
+    "x_embedder.proj": "pos_embed.proj",
+    **{
+        f"{ours}_embedder.mlp.{2 * (k - 1)}": f"time_text_embed.{theirs}_embedder.linear_{k}"
+        for ours, theirs in (("t", "timestep"), ("y", "text"))
+        for k in (1, 2)
+    },
+    "context_embedder": "context_embedder",
+    **stream("x_block", "attn", tuple(f"attn.{x}" for x in QKV), "attn.to_out.0", "attn.norm_"),
+    **stream("x_block", "attn2", tuple(f"attn2.{x}" for x in QKV), "attn2.to_out.0", "attn2.norm_"),
+    **stream(
+        "context_block",
+        "attn",
+        tuple(f"attn.{x}" for x in ADDED),
+        "attn.to_add_out",
+        "attn.norm_added_",
+    ),
+    f"{X}mlp.fc1": f"{THEIRS}.*.ff.net.0.proj",
+    f"{X}mlp.fc2": f"{THEIRS}.*.ff.net.2",
+    f"{CONTEXT}mlp.fc1": f"{THEIRS}.*.ff_context.net.0.proj",
+    f"{CONTEXT}mlp.fc2": f"{THEIRS}.*.ff_context.net.2",
+    f"{X}adaLN_modulation.1": f"{THEIRS}.*.norm1.linear",
+    f"{CONTEXT}adaLN_modulation.1": f"{THEIRS}.*.norm1_context.linear",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": Other(("norm_out.linear",), swapped=True),
+}
 
 
 class SD35(Teacher):
     """Large."""
 
     optional = ("t5", "t5_tokenizer")
+    with_adapters, lora_format = ADAPTERS, "diffusers"
     dimensions = {"width": 2432, "depth": 38, "heads": 38, "table": 192}
 
     def parts(self) -> dict[str, Part]:
@@ -83,6 +131,11 @@ class SD35(Teacher):
         from schedule import Flow
 
         return MMDiT(self.sizes.denoiser, Flow(shift))
+
+    def other_names(self) -> dict:
+        last = f"joint_blocks.{self.sizes.denoiser.depth - 1}.context_block.adaLN_modulation.1"
+        swapped = f"transformer_blocks.{self.sizes.denoiser.depth - 1}.norm1_context.linear"
+        return DIFFUSERS | {last: Other((swapped,), swapped=True)}
 
     def load_text(self, files: Files, *how):
         from nets.clip import CLIP

@@ -48,6 +48,10 @@ class UNetTeacher(Teacher):
     """What the two share."""
 
     repo, file = "", ""
+    with_adapters, lora_format = {"disc_channels": 256}, "kohya"
+    not_adapted = (
+        "input_blocks.0.",
+    )  # reads the latents; diffusers' conversion has no place for it
     encoders: dict[str, str] = {}  # prefix of each text encoder's names
 
     def parts(self) -> dict[str, Part]:

@@ -45,10 +45,32 @@ def teacher_of(path: Path, given: str | None = None) -> Teacher:
     return found
 
 
-def load_student(path: Path, *how, teacher: str | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """A student and its metadata. how: dtype and device, as in `Teacher.load`."""
+def load_student(
+    path: Path, *how, teacher: str | None = None, weights: str = "", scale: float = 1.0
+) -> tuple[nn.Module, dict[str, str]]:
+    """A student and its metadata. how: dtype and device, as in `Teacher.load`.
+
+    weights: folder of its teacher's files, if it is a LoRA; scale: of what that adds.
+    """
+    about, family = read_student(path), teacher_of(path, teacher)
+    base = family.locate(weights, text=False)["denoiser"] if is_lora(about) else []
+    return load_saved(family, [path, *base], *how, scale=scale), about
+
+
+def is_lora(about: dict[str, str]) -> bool:
+    """Whether metadata are of adapters, to which the teacher's file belongs."""
+    return "rank" in about
+
+
+def load_saved(family: Teacher, paths: list[Path], *how, scale: float = 1.0) -> nn.Module:
+    """paths: a student's file and, of adapters, their base's."""
+    from teachers.lora import load_adapted
+
+    path, *base = paths
     about = read_student(path)
-    return teacher_of(path, teacher).load(float(about["shift"]), path, *how), about
+    if not is_lora(about):
+        return family.load(float(about["shift"]), path, *how)
+    return load_adapted(family, path, base, *how, scale=scale)
 
 
 def times_of(family: Teacher, schedule, steps: int, size, student: bool) -> list[float]:

@@ -108,7 +108,7 @@ def test_train_refuses_a_damaged_asset(command, tmp_path, monkeypatch, name, dam
 def test_help_has_every_field_in_its_group_with_the_named_teachers_default(command):
     """And the teachers that exist. Without a teacher's name: of digits."""
     titles = [field.metadata["group"] for field in FIELDS if field.metadata["group"]]
-    assert titles[0] == "teacher" and titles[-1] == "run" and len(titles) == len(set(titles)) == 9
+    assert titles[0] == "teacher" and titles[-1] == "run" and len(titles) == len(set(titles)) == 10
     for given, preset in (
         ((), configure()),
         (("--teacher", "flux-dev"), configure("flux-dev")),
@@ -179,7 +179,18 @@ def test_every_field_says_what_it_may_be():
         if int in kinds or float in kinds:
             assert isinstance(field.metadata["may"], Range), field.name
     words = [field.name for field in FIELDS if isinstance(field.metadata["may"], Choice)]
-    assert words == ["t_dmd", "t_fake", "isg_distance", "disc_augment", "shard", "crop", "export"]
+    adapters = ["adapter_init", "adapter_train", "base_dtype", "lora_format"]
+    wanted = [
+        "t_dmd",
+        "t_fake",
+        "isg_distance",
+        "disc_augment",
+        *adapters,
+        "shard",
+        "crop",
+        "export",
+    ]
+    assert words == wanted
     assert set(flags.DTYPE.words) == set(DTYPES)
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "ida": set(),
     "dmd": {"schedule"},
     "isg": {"schedule"},
+    "adapter": {"schedule"},
     "discriminator": {"nets", "schedule"},
     "model": GROUND,
     "engine.ranks": GROUND,
@@ -34,7 +35,7 @@ ALLOWED = {
     "digits.scenes": {"config", "digits", "digits.words", "schedule"},
     "digits.judge": {"digits", "nets"},
     "digits.exam": AROUND,
-    "teachers": AROUND | {"model", "teachers"},
+    "teachers": AROUND | {"adapter", "model", "teachers"},
 }
 
 
@@ -111,7 +112,7 @@ def test_nobody_outside_teachers_asks_which_teacher(name):
             assert not re.search(asked, line), f"{name}, line {number}: {line.strip()}"
 
 
-@pytest.mark.parametrize("name", ["dmd", "ida", "isg", "discriminator", "schedule"])
+@pytest.mark.parametrize("name", ["dmd", "ida", "isg", "adapter", "discriminator", "schedule"])
 def test_idea_files_know_nothing_of_machines_files_and_flags(name):
     text = (ROOT / f"{name}.py").read_text()
     for word in ("cuda", "distributed", "argparse", "open(", "os.environ", "Path"):

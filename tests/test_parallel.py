@@ -23,7 +23,7 @@ import teachers
 from digits.words import SceneText
 from dmd import fake_loss
 from engine import build, checkpoint, ranks
-from engine.build import count_trained, open_training_data
+from engine.build import aim_adapters, count_trained, open_training_data
 from ida import ida_update
 from nets.weights import digest
 from schedule import Rng
@@ -50,6 +50,8 @@ def follow(out: Path | None, teacher: str, **flags) -> dict:
     nets = build_nets(cfg, CPU)
     opts, data = build_learners(nets, cfg), open_training_data(cfg, find(cfg.teacher))
     logs = []
+    if cfg.adapter:
+        aim_adapters(cfg, nets, data, CPU)
     for step in range(cfg.steps):
         ids = ids_of(cfg, step)
         batch = load_batch(ids, data(ids), nets, cfg, CPU)
@@ -103,6 +105,7 @@ def follow_all(out: Path, runs: dict) -> None:
 
 # With seed 0 a leaky ReLU of a head has an input within rounding of its kink on some processors.
 DIGITS = {"teacher": "digits", "steps": 5, "eps": 1e-4, "seed": 1}
+ADAPTER = {**DIGITS, "steps": 3, "adapter": 4, "adapter_init": "random"}
 ARCHITECTURES = ("flux-dev", "sdxl")
 
 
@@ -143,6 +146,7 @@ def two_ranks(place):
     runs = {kind: {**DIGITS, "batch": 8, "shard": kind} for kind in ("fsdp", "ddp")}
     runs["parts"] = {**DIGITS, "steps": 2, "batch": 4, "accumulate": 2, "shard": "ddp"}
     runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
+    runs["adapter"] = {**ADAPTER, "batch": 8}
     runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
     processes.finish(follow_all, 2, place / "printed.txt", place, runs)
     return {name: torch.load(place / name) for name in (*runs, "ida")}
@@ -176,6 +180,13 @@ def test_shards_of_compiled_blocks_compute_the_same(tmp_path):
     out = tmp_path / "compiled"
     processes.finish(follow_compiled, 2, tmp_path / "printed.txt", out, {**flags, "batch": 8})
     assert_same(follow(None, **flags, batch=16), torch.load(out), 1e-6)
+
+
+def test_two_ranks_share_adapters_as_copies(two_ranks):
+    """The base is whole on both, A is the first rank's."""
+    one = follow(None, **ADAPTER, batch=16)
+    assert {name.rpartition(".")[2] for name in one["weights"]["student"]} == {"up", "down"}
+    assert_same(one, two_ranks["adapter"], 1e-6)
 
 
 def test_parts_of_a_batch_equal_the_whole(one_rank):

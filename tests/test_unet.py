@@ -234,7 +234,7 @@ def test_an_exported_unet_has_the_official_names_and_order(name, whole_file, tmp
     alone, full = tmp_path / "alone.safetensors", tmp_path / "full.safetensors"
     save_weights(student, alone, torch.float16, {"teacher": name}, prefix=PREFIX)
     assert [key for key, *_ in header(alone)] == [k for k in official(name) if k.startswith(PREFIX)]
-    merge_weights(student, full, path, {"teacher": name}, PREFIX)
+    merge_weights(student.state_dict().items(), full, [path], {"teacher": name}, PREFIX)
     assert header(full) == header(path) and read_metadata(full) == {"teacher": name}
     before, after = load_file(path), load_file(full)
     for key, tensor in student.state_dict().items():
@@ -246,9 +246,11 @@ def test_a_student_of_another_size_is_not_merged(name, whole_file, tmp_path):
     path, nets = whole_file
     other = UNet(replace(nets["denoiser"].cfg, channels=3), DDPM())
     with pytest.raises(ValueError, match="input_blocks.0.0.weight has shape"):
-        merge_weights(other, tmp_path / "full.safetensors", path, {}, PREFIX)
+        merge_weights(other.state_dict().items(), tmp_path / "full.safetensors", [path], {}, PREFIX)
     with pytest.raises(ValueError, match="names missing"):
-        merge_weights(nets["vae"], tmp_path / "full.safetensors", path, {}, PREFIX)
+        merge_weights(
+            nets["vae"].state_dict().items(), tmp_path / "full.safetensors", [path], {}, PREFIX
+        )
     assert not (tmp_path / "full.safetensors").exists()
 
 

@@ -1,0 +1,134 @@
+"""LoRA files: adapters under the names that other programs know, out and in again.
+
+    lora_tensors   A and B of each layer -> a file's tensors, in one of three formats
+    read_lora      such a file -> A and B by layer
+    load_adapted   a student's LoRA on its teacher's file -> one ordinary network
+
+    kohya       lora_unet_<our name, dots as underscores>.lora_down.weight, .lora_up.weight, .alpha
+    comfyui     diffusion_model.<our name>.lora_A.weight, .lora_B.weight
+    diffusers   transformer.<diffusers' name>.lora_A.weight, .lora_B.weight
+
+The update is B A; alpha, where there is one, is the rank, so that nobody scales. A convolution's A
+is one with `rank` channels, its B is 1 x 1. Of a fused layer (q, k, v) each part has the same A and
+its own rows of B, which is exact. Knows the families' tables, no family.
+"""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adapter import Pairs, layers, merged
+from config import LORA_FORMATS, Refusal
+from nets.names import renamed
+from nets.weights import assign, open_weights, read_metadata
+from teachers import Teacher
+
+FORMATS = {  # what precedes a layer's name, and what follows for A and for B
+    "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
+    "comfyui": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
+    "diffusers": ("transformer.", ".lora_A.weight", ".lora_B.weight"),
+}
+ALPHA = ".alpha"
+
+
+def format_of(family: Teacher, asked: str) -> str:
+    """ValueError for a format in which the family's layers have no names."""
+    chosen = family.lora_format if asked == "own" else asked
+    if chosen == "diffusers" and not family.other_names():
+        others = ", ".join(name for name in LORA_FORMATS if name != "diffusers")
+        raise Refusal(f"--lora-format diffusers: {family.name} has no such names; choose {others}")
+    return chosen
+
+
+def stored_names(family: Teacher, kind: str, name: str, rows: int) -> list[tuple[str, int, bool]]:
+    """What a layer is called in a file: keys without endings, rows of B, whether halves swap."""
+    if kind != "diffusers":
+        key = name.replace(".", "_") if kind == "kohya" else name
+        return [(FORMATS[kind][0] + key, rows, False)]
+    other = renamed(family.other_names(), name)
+    assert other, f"{family.name}'s table of diffusers' names lacks {name}"
+    keys = (FORMATS[kind][0] + key for key in other.names)
+    return [(*part, other.swapped) for part in zip(keys, other.rows(rows), strict=True)]
+
+
+def swap(up: Tensor, swapped: bool) -> Tensor:
+    return torch.cat(up.chunk(2)[::-1]) if swapped else up
+
+
+def lora_tensors(family: Teacher, kind: str, added: Pairs, net: nn.Module) -> dict[str, Tensor]:
+    """added: A (rank, in) and B (out, rank) by layer; net: the base, for the shapes of kernels."""
+    _, ends_a, ends_b = FORMATS[kind]
+    found = {}
+    for name, (down, up) in added.items():
+        kernel = net.get_submodule(name).weight.shape[1:]
+        down = down.unflatten(1, kernel)
+        ones = [1] * (len(kernel) - 1)
+        stored = stored_names(family, kind, name, len(up))
+        parts = up.split([rows for _, rows, _ in stored])
+        for (key, rows, swapped), part in zip(stored, parts, strict=True):
+            found[key + ends_a] = down.clone()  # a file has no tensor twice
+            found[key + ends_b] = swap(part, swapped).reshape(rows, -1, *ones).clone()
+            if kind == "kohya":
+                found[key + ALPHA] = torch.tensor(float(len(down)))
+    return found
+
+
+def read_lora(path: Path, family: Teacher, net: nn.Module) -> Pairs:
+    """Of whichever format; every tensor of the file must belong to a layer of `net`. ValueError."""
+    with open_weights(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    first = next(iter(tensors), "")
+    kind = next((kind for kind, (start, *_) in FORMATS.items() if first.startswith(start)), None)
+    if kind is None or (kind == "diffusers" and not family.other_names()):
+        raise Refusal(f"{path} is no LoRA of {family.name}: its first name is {first}")
+    found: Pairs = {}
+    for name, layer in layers(net).items():
+        stored = stored_names(family, kind, name, len(layer.weight))
+        parts = [part for part in (take(tensors, kind, *entry) for entry in stored) if part]
+        if parts and len(parts) < len(stored):
+            raise Refusal(f"{path} adapts a part of {name} alone; give the whole LoRA")
+        if parts:
+            downs, ups = zip(*parts, strict=True)
+            found[name] = torch.cat(downs), torch.block_diag(*ups)
+            if len(found[name][1]) != len(layer.weight):
+                raise Refusal(f"{path} does not fit {name} of {family.name}; give its own LoRA")
+    if tensors:
+        raise Refusal(
+            f"{path} is no LoRA of {family.name}: nothing is called {next(iter(tensors))}"
+        )
+    return found
+
+
+def take(
+    tensors: dict[str, Tensor], kind: str, key: str, rows: int, swapped: bool
+) -> tuple[Tensor, Tensor] | None:
+    """A and B of one layer, in fp32, out of `tensors`; None: they are not there."""
+    _, ends_a, ends_b = FORMATS[kind]
+    if key + ends_a not in tensors or key + ends_b not in tensors:
+        return None
+    down, up = (tensors.pop(key + end).float().flatten(1) for end in (ends_a, ends_b))
+    alpha = tensors.pop(key + ALPHA, None)
+    scale = 1.0 if alpha is None else float(alpha) / len(down)
+    return down, scale * swap(up, swapped)
+
+
+def load_adapted(
+    family: Teacher,
+    path: Path,
+    base: list[Path],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    scale: float = 1.0,
+) -> nn.Module:
+    """scale: of what the LoRA adds; 0: the teacher."""
+    about = read_metadata(path)
+    net = family.load(float(about["shift"]), base, dtype, device)
+    added, own = read_lora(path, family, net), family.own_weights(net, float(about["guidance"]))
+    state: Mapping[str, Tensor] = net.state_dict()
+    touched = ((f"{name}.weight", state[f"{name}.weight"]) for name in added)
+    for name, weight in itertools.chain(merged(touched, added, scale), own.items()):
+        assign(net, name, weight.to(dtype))
+    return net
