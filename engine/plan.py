@@ -9,6 +9,7 @@ meter.py what is read off it.
 
 import argparse
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,9 +80,11 @@ def find_step(cfg: Config, taus: tuple[float, ...], learn: bool, drawn: int) -> 
 def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80e9) -> Plan:
     """cfg.cache: text and latents come from one; memory: of each GPU, for --shard auto."""
     meter, cached = Meter(), bool(cfg.cache)
+    cfg = dataclasses.replace(cfg, compile=False, channels_last=False)
     if cfg.shard == "auto" and gpus > 1:
         cfg = dataclasses.replace(cfg, shard=choose_shards(cfg, memory))
-    with one_of(gpus), without_files(cfg.teacher, meter, cached, cfg.t5), meter:
+    silence = warnings.catch_warnings(action="ignore")  # torch's, of tensors without memory
+    with silence, one_of(gpus), without_files(cfg.teacher, meter, cached, cfg.t5), meter:
         bar = tqdm(total=2 + (cfg.ttur > 1), desc="plan", leave=False, disable=None)
         shop = Run(cfg, meter, cached)
         taus, turns = build.anchors(cfg, shop.nets.student.schedule), {}

@@ -12,6 +12,7 @@ from conftest import refused
 from small import SMALL
 
 import teachers
+import train
 from engine import bench, build, check, plan, timing
 from teachers import FOUND, configure, find
 
@@ -35,7 +36,7 @@ def reduced(monkeypatch):
 def planned_once():
     """A plan takes seconds at any size, and these tests ask for the same one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "Measured", functools.cache(plan.Measured))
+        patch.setattr(plan, "measure", functools.cache(plan.measure))
         yield
 
 
@@ -97,9 +98,8 @@ def test_bench_prints_its_table_and_writes_json(command, tmp_path):
     assert found["peak"] == pytest.approx(found["planned"], rel=0.1)
     assert all(row["released"] > 0 < row["ours"] for row in found["orders"].values())
     cfg = configure("flux-dev", size=(32, 32), batch=1, p_backward=0.0, ema=0.0)
-    costs = plan.Measured(cfg, False).costs
-    work = {name: replace(cost, flops=cost.flops - cost.again) for name, cost in costs.items()}
-    planned = plan.mean_flops(work, cfg)
+    told = plan.measure(replace(cfg, cache="cache", recompute=False), train.train_step)
+    planned = plan.mean_flops(told)
     assert set(found["parts"]) == {"student", "fake", "teacher", "discriminator", "VAE"}
     for part, row in found["parts"].items():
         assert row["flops"] == pytest.approx(planned[part], rel=0.01) and row["seconds"] > 0
