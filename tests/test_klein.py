@@ -295,8 +295,8 @@ def test_the_makers_own_student_is_sampled_and_evaluated_as_one(
 
 
 def test_a_run_through_the_commands(command, small, tmp_path):
-    """Trained from a cache; begun again after its first iteration, without the text encoder's files,
-    it ends bit for bit alike; its student has the official names and draws."""
+    """Trained from a cache; begun again after its first iteration, without the text encoder, it
+    ends bit for bit alike; its student has the official names and draws."""
     data, out, files = tmp_path / "data", tmp_path / "run", find("klein").parts()
     data.mkdir()
     for k in range(4):
