@@ -22,7 +22,7 @@ TEACHERS = {  # which turns of each; noise: the student's from pure noise, unjud
     "flux-dev": (*TURNS, "noise"),
     "sd35-large": TURNS,
     "sd35-medium": (*TURNS, "noise"),
-    "klein": TURNS,
+    "klein": ("student",),
     "sdxl": TURNS,
     "sd15": TURNS,
     "z-image": TURNS,
