@@ -28,6 +28,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -214,6 +215,28 @@ def shard(net: nn.Module, mesh: DeviceMesh, device: torch.device, bf16: bool) ->
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
+    # FSDP2 sends every tensor to the device, and whoever goes by a count would wait for it.
+    net.register_forward_pre_hook(cover_counts, prepend=True)  # before FSDP2's own
+    net.register_forward_pre_hook(uncover_counts)  # after it
+
+
+@dataclass
+class Covered:
+    """A tensor that is not seen as one."""
+
+    tensor: Tensor
+
+
+def cover_counts(net: nn.Module, given: tuple) -> tuple:
+    """x_t, t, cond -> the same with the whole numbers of cond covered; see dataset/cache.py."""
+    *others, cond = given
+    whole = {name: Covered(x) for name, x in cond.items() if not x.is_floating_point()}
+    return *others, cond | whole
+
+
+def uncover_counts(net: nn.Module, given: tuple) -> tuple:
+    *others, cond = given
+    return *others, {k: x.tensor if isinstance(x, Covered) else x for k, x in cond.items()}
 
 
 def shard_heads(heads: nn.ModuleList, mesh: DeviceMesh | None, device: torch.device) -> None:

@@ -5,10 +5,11 @@
     names        the teachers that come with the project
     configure    a teacher's preset with flags over it
 
-One file per family: digits.py, flux.py, klein.py, sd35.py, sdxl.py (SDXL, SD 1.5), each with a dict
-TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a complete one. Whose
-student a file is: students.py. Nobody outside this folder asks for a teacher's name or kind.
-Networks are imported where they are built, so that presets, names and --help need no torch.
+One file per family: digits.py, flux.py, klein.py, sd35.py, sdxl.py (SDXL, SD 1.5), z_image.py,
+each with a dict TEACHERS; a file of one's own defines TEACHER, and docs/own_teacher.md has a
+complete one. Whose student a file is: students.py. Nobody outside this folder asks for a teacher's
+name or kind. Networks are imported where they are built, so that presets, names and --help need no
+torch.
 
 B batch, C H W latent, T text tokens.
 """

@@ -106,7 +106,7 @@ def follow_all(out: Path, runs: dict) -> None:
 # With seed 0 a leaky ReLU of a head has an input within rounding of its kink on some processors.
 DIGITS = {"teacher": "digits", "steps": 5, "eps": 1e-4, "seed": 1}
 ADAPTER = {**DIGITS, "steps": 3, "adapter": 4, "adapter_init": "random"}
-ARCHITECTURES = ("flux-dev", "sdxl")
+ARCHITECTURES = ("flux-dev", "sdxl", "z-image")
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +126,21 @@ def small(place: Path, teacher: str) -> dict:
         "eps": 1e-4,
     }
     flags |= {"lr": 1e-3, "lr_fake": 1e-3, "lr_disc": 1e-3, "ida_decay": 0.97, "bf16": False}
-    where = {"weights": str(place / f"{teacher}-files"), "data": str(place / "pictures")}
+    data = "long" if teacher == "z-image" else "pictures"  # whose captions differ in length
+    where = {"weights": str(place / f"{teacher}-files"), "data": str(place / data)}
     return {"teacher": teacher, **flags, **where}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(place):
     """What two ranks make of every run here; they start once."""
-    (place / "pictures").mkdir()
-    for k in range(4):
-        pixels = np.random.default_rng(k).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / "pictures" / f"{k}.png")
-        (place / "pictures" / f"{k}.txt").write_text(f"a red fox {k}")
+    for data in ("pictures", "long"):
+        (place / data).mkdir()
+        for k in range(4):
+            pixels = np.random.default_rng(k).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / data / f"{k}.png")
+            caption = f"a red fox {k}" * (1 + 3 * k if data == "long" else 1)
+            (place / data / f"{k}.txt").write_text(caption)
     with pytest.MonkeyPatch.context() as patch:
         for teacher, family in SMALL.items():
             patch.setitem(teachers.FOUND, teacher, family)
@@ -203,12 +206,26 @@ def test_copies_exchange_the_gradient_of_all_parts(two_ranks):
 
 @pytest.mark.parametrize("teacher", ARCHITECTURES)
 def test_every_architecture_can_be_sharded(two_ranks, place, monkeypatch, teacher):
-    """Frozen guidance embedder, position table of one row, U-Net; blocks recomputed. Two ranks with
-    two samples and one process with two parts of two: equal groups in the discriminator. To 1e-5,
-    since SDXL's estimate of x0 divides by .07 at pure noise."""
+    """Frozen guidance embedder, U-Net, captions of several lengths; blocks recomputed. Two ranks
+    with two samples and one process with two parts of two: equal groups in the discriminator. To
+    1e-5, since SDXL's estimate of x0 divides by .07 at pure noise."""
     for name, family in SMALL.items():
         monkeypatch.setitem(teachers.FOUND, name, family)
     assert_same(follow(None, **small(place, teacher), accumulate=2), two_ranks[teacher], 1e-5)
+
+
+def test_counts_pass_what_sends_every_tensor_to_the_device():
+    """FSDP2 looks for tensors in whatever a network is given; those it must not send are none."""
+    given = (
+        torch.ones(2),
+        torch.ones(2),
+        {"context": torch.ones(2), "length": torch.ones(2).int()},
+    )
+    covered = ranks.cover_counts(None, given)
+    seen = [x for x in (*covered[:2], *covered[2].values()) if isinstance(x, torch.Tensor)]
+    assert len(seen) == 3 and all(x.is_floating_point() for x in seen)
+    back = ranks.uncover_counts(None, covered)
+    assert back[:2] == given[:2] and back[2] == given[2]
 
 
 def test_shards_compute_in_bf16_and_stay_in_fp32(two_ranks):

@@ -3,6 +3,7 @@ guidance, its captions in a cache."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -197,5 +198,28 @@ def test_a_cache_gives_the_captions_of_a_batch_with_their_lengths(folder, tmp_pa
     assert halves[0].uncond["context"].shape == halves[0].cond["context"].shape
 
 
-def test_official_names_are_stored_as_they_are(folder):
-    assert FAMILY.layout(FAMILY.locate(str(folder))["denoiser"])["stored"] is as_named
+def test_a_run_from_a_cache_goes_on_without_the_text_encoder(command, folder, tmp_path):
+    """Begun again after its first iteration it ends bit for bit alike; its student has the official
+    names, in one file, and draws."""
+    place, out = tmp_path / "weights", tmp_path / "run"
+    shutil.copytree(folder, place)
+    flags = ["--teacher", "z-image", "--weights", place, "--data", pictures(tmp_path / "data")]
+    flags += ["--size", 32, 48, "--batch", 2, "--steps", 2, "--ttur", 1, "--no-gan", "--out", out]
+    flags += ["--cache", tmp_path / "cache", "--lr", 1e-3, "--workers", 0, "--save-every", 1]
+    flags += ["--exam-every", 0]
+    code, _, err = command(train, *flags)
+    assert code == 0, err
+    first = load_file(out / "student.safetensors")
+    shutil.rmtree(out / "checkpoints" / "step-00000002")
+    for path in [out / "student.safetensors", *(place / "text_encoder").iterdir()]:
+        path.unlink()
+    code, _, err = command(train, *flags)
+    assert code == 0, err
+    again = load_file(out / "student.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    shards = FAMILY.locate(str(folder))["denoiser"]
+    assert FAMILY.layout(shards)["stored"] is as_named
+    assert first.keys() == {name for path in shards for name in load_file(path)}
+    taken = ["--checkpoint", out, "--prompt", "fox", "--weights", folder]
+    code, _, err = command(sample, *taken, "--out", tmp_path / "drawn.png")
+    assert code == 0, err
