@@ -81,6 +81,7 @@ def adapted(
     for name, layer in where.items():
         view.set_submodule(name, Adapted(layer, rank, dtype, both))
     for module in view.modules():
+        module.__dict__.pop("forward", None)  # how the base's is run, compiled or not, is its own
         weights = {**module._parameters, **module._buffers}
         for name, weight in () if isinstance(module, Adapted) else weights.items():
             delattr(module, name)
@@ -107,8 +108,7 @@ def watched(views: Iterable[nn.Module], rows: int) -> Iterator[dict[str, Tensor]
         layer, x = adapter.shared[0], given[0].detach().float()
         if isinstance(layer, nn.Conv2d):  # what the kernel sees at each place
             x = F.unfold(x, layer.kernel_size, 1, layer.padding, layer.stride).mT
-        x = x.flatten(0, -2)
-        draw = draws.setdefault(x.device, torch.Generator(x.device))
+        draw, x = draws.setdefault(x.device, torch.Generator(x.device)), x.flatten(0, -2)
         mix = torch.randn(rows, len(x), device=x.device, generator=draw)
         with torch.autocast(x.device.type, enabled=False):
             found[name] = found.get(name, 0) + mix @ x

@@ -258,3 +258,13 @@ def test_compiled_roles_stay_apart():
     views[0](x).sum().backward()
     assert all(p.grad.any() for p in views[0].parameters())
     assert all(p.grad is None for p in views[1].parameters())
+
+
+def test_a_view_of_a_base_that_runs_otherwise_runs_by_itself():
+    """Made after the base's blocks were told to be computed again: it has its own adapters."""
+    base = SMALL["flux-dev"].build(1.0).requires_grad_(False)
+    nn.init.normal_(base.final_layer.linear.weight)
+    ranks.recompute(base)
+    view = adapted(base, layers(base), 2)
+    aim([view], anywhere(view, 0))
+    assert not torch.allclose(call(stir(view)), call(base))

@@ -201,13 +201,13 @@ def reduced(monkeypatch, tmp_path):
         flags = ["--teacher", teacher, "--weights", tmp_path / teacher, "--size", 32, 48]
         flags += ["--data", tmp_path / "prompts.txt", "--no-gan", "--w-isg", 1, "--ida-decay", 0.9]
         flags += ["--steps", 2, "--ttur", 1, "--batch", 2, "--lr", 0.05, "--lr-fake", 0.05]
-        flags += ["--adapter-init", "inputs" if teacher == "sd15" else "random"]
+        flags += ["--adapter-init", "random"]  # to draw otherwise takes batches
         return [*flags, "--adapter", 2, "--workers", 0, "--exam-every", 0, "--lr-warmup", 0]
 
     return get
 
 
-@pytest.mark.parametrize("teacher", ["flux-dev", "sd35-medium", "sdxl", "sd15"])
+@pytest.mark.parametrize("teacher", ["flux-dev", "sd35-medium", "sd15"])
 def test_a_run_leaves_a_lora_and_a_merged_file_that_draw_alike(command, reduced, tmp_path, teacher):
     """The LoRA on its base, and --export full alone: the same network to bf16 rounding, under the
     official file's names, shapes and order; what is not adapted is bit for bit the base's."""
