@@ -58,6 +58,7 @@ def mean_shift(tokens: int, steps: int) -> float:
 
 
 class Klein(Teacher):
+    with_adapters = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
     repo, file = "black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors"
     tokens = 512  # of a caption, template and padding included
     shards, loose = 2, "qwen_3_4b.safetensors"  # of the text encoder; in one file elsewhere

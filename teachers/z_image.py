@@ -34,6 +34,7 @@ BASE = Config(
 
 
 class ZImage(Teacher):
+    with_adapters = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
     repo, file = "Tongyi-MAI/Z-Image", "z_image_bf16.safetensors"
     released = {
         "z_image_turbo_bf16.safetensors": {
