@@ -10,7 +10,7 @@ from torch import nn
 
 from adapter import adapted, adapters, aim, anywhere, layers, merged, pairs, watched
 from engine import ranks
-from engine.plan import conditioning
+from engine.calls import conditioning
 from ida import ida_update
 from model import MLP
 from nets.weights import digest

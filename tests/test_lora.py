@@ -14,7 +14,7 @@ import sample
 import teachers
 import train
 from adapter import Pairs, adapted, aim, anywhere, layers, merged, pairs
-from engine.plan import conditioning
+from engine.calls import conditioning
 from engine.views import view_of
 from nets.names import renamed
 from teachers import find

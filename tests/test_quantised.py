@@ -10,7 +10,7 @@ from torch import nn
 import teachers
 import train
 from adapter import layers
-from engine.plan import conditioning
+from engine.calls import conditioning
 from engine.views import load_base
 from nets.quantised import KINDS, Quantised, quantised
 from nets.tiles import Tiled, spans
