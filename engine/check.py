@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import Config, Refusal
 from engine import build, calls, checkpoint, timing
 from schedule import draw_samples
-from teachers import FOUND, Teacher, configure, find, names, times_of
+from teachers import FOUND, Teacher, configure, find, names
+from teachers.students import times_of
 
 OUT = Path("gpu-check.json")
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from adapter import adapted, adapters, aim, anywhere, layers, merged, pairs, wat
 from engine import ranks
 from engine.calls import conditioning
 from ida import ida_update
-from model import MLP
+from nets.mmdit import MLP
 from nets.weights import digest
 from schedule import generator
 
