@@ -115,12 +115,15 @@ def kept_positions(
         return tuple(rotations(where, axes, theta) for where in places)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None) -> Tensor:
     """q, k, v (B, N, S, D / N) -> (B, S, D): sample b attends within its first lengths[b] tokens.
 
     Neighbours of one length attend together, without a mask, so that each kernel fits. What is
-    beyond a sample's length gets zeros.
+    beyond a sample's length gets zeros. lengths: None where there is nothing beyond, so that a
+    compiled block depends on no numbers.
     """
+    if lengths is None:
+        return attention(q, k, v)
     tokens, parts, first = q.shape[2], [], 0
     for length, same in groupby(lengths):
         rows = slice(first, first := first + len(list(same)))
@@ -148,7 +151,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width, bias=False))
         self.norm_q, self.norm_k = RMSNorm(width // heads), RMSNorm(width // heads)
 
-    def forward(self, x: Tensor, rope: Rope, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, lengths: Sequence[int] | None) -> Tensor:
         q = rotate(self.norm_q(per_head(self.to_q(x), self.heads)), rope)
         k = rotate(self.norm_k(per_head(self.to_k(x), self.heads)), rope)
         return self.to_out(attend(q, k, per_head(self.to_v(x), self.heads), lengths))
@@ -188,9 +191,9 @@ class Block(nn.Module):
         return 1 + scale, gate.tanh(), 1 + scale_mlp, gate_mlp.tanh()
 
     def forward(
-        self, x: Tensor, rope: Rope, lengths: Sequence[int], c: Tensor | None = None
+        self, x: Tensor, rope: Rope, lengths: Sequence[int] | None, c: Tensor | None = None
     ) -> Tensor:
-        """x (B, S, D), c (B, M), None where time does not modulate -> x."""
+        """x (B, S, D), c (B, M), None where time does not modulate -> x. lengths: see `attend`."""
         scale, gate, scale_mlp, gate_mlp = self.modulation(c)
         attended = self.attention(self.attention_norm1(x) * scale, rope, lengths)
         x = x + gate * self.attention_norm2(attended)
@@ -267,13 +270,13 @@ class ZImage(nn.Module):
         image, text = self.positions(rows, columns, captions, x_t.device)
         x, context = self.embed_image(x_t, rows, columns), self.embed_caption(cond, max(captions))
         c = self.t_embedder(1 - t)  # (B, M)
-        tokens = [x.shape[1]] * len(x)
+        uneven = len(set(captions)) > 1
         for block in self.noise_refiner:
-            x = block(x, image, tokens, c)  # (B, L, D)
+            x = block(x, image, None, c)  # (B, L, D)
         for block in self.context_refiner:
-            context = block(context, text, captions)  # (B, T, D)
+            context = block(context, text, captions if uneven else None)  # (B, T, D)
         joined = torch.cat([x, context], dim=1)  # (B, S, D)
-        joint = [x.shape[1] + n for n in captions]
+        joint = [x.shape[1] + n for n in captions] if uneven else None
         rope = tuple(joined_table(*pair) for pair in zip(image, text, strict=True))
         for block in self.layers:
             joined = block(joined, rope, joint, c)
