@@ -32,7 +32,7 @@ from discriminator import Discriminator
 from dmd import fake_loss, student_input
 from engine import ranks
 from engine.batch import load_batch, read_null, uncropped
-from engine.views import Roles, check_views, load_views, one_fixed, whole_view
+from engine.views import Roles, check_views, load_views, one_fixed, view_of, whole_view
 from nets.files import Files, fingerprint
 from nets.tiles import Tiled
 from schedule import Cond, Rng, anchor_at, generator, grid
@@ -159,8 +159,7 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     files = locate_files(cfg, family, cached=bool(cache))
     frozen = torch.bfloat16 if cfg.bf16 else torch.float32
     disc = build_disc(cfg, family, files, frozen, device) if cfg.w_gan else None
-    many = 0 if cfg.adapter else count_trained(cfg, family, disc)
-    mesh = ranks.choose_mesh(cfg.shard, many, device)
+    mesh = ranks.choose_mesh(cfg.shard, count_trained(cfg, family, disc), device)
     if disc:
         ranks.shard_heads(disc.heads, mesh, device)
     roles = load_views if cfg.adapter else load_roles
@@ -299,6 +298,7 @@ def count_trained(cfg: Config, family: Teacher, disc: Discriminator | None) -> i
     """Weights of student, fake score and the discriminator's heads."""
     with torch.device("meta"):
         net = family.build(cfg.shift)
+        net = view_of(net, cfg, family) if cfg.adapter else net
     heads = [disc.heads] if disc else []
     return sum(p.numel() for part in (net, net, *heads) for p in part.parameters())
 

@@ -6,7 +6,7 @@
     one_fixed      A of all views in one place; on all ranks as on the first
     adapter_bytes  what is trained and what is not, for who plans
 
-Every rank has the whole base; ranks share the adapters, as copies.
+Every rank has the whole base; ranks share the adapters, as copies or as shards.
 """
 
 from pathlib import Path
@@ -30,8 +30,6 @@ def check_views(cfg: Config) -> None:
         raise Refusal(
             f"--base-dtype {cfg.base_dtype}: what is trained whole has no base; --adapter"
         )
-    if cfg.shard == "fsdp":
-        raise Refusal("--shard fsdp: adapters share a base that each GPU has whole; choose ddp")
     if cfg.adapter_train == "both" and ranks.world() > 1:
         raise Refusal("--adapter-train both is for one process; choose B")
 

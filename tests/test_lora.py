@@ -271,7 +271,6 @@ def test_a_run_on_another_base_is_not_continued(command, reduced, tmp_path):
     "flags, named",
     [
         (["--adapter-layers", "nowhere"], "no layer has that in its name, such as"),
-        (["--shard", "fsdp"], "--shard fsdp: adapters share a base that each GPU has whole"),
         (["--lora-format", "diffusers"], "digits has no such names; choose own, kohya, comfyui"),
         (["--adapter-init", "svd"], "choose from inputs, random"),
     ],
@@ -280,7 +279,7 @@ def test_training_refuses_what_adapters_cannot_do(command, tmp_path, flags, name
     refused(command(train, "--adapter", 2, *flags, "--out", tmp_path / "run"), named)
 
 
-SHORT = ["--adapter", 2, "--steps", 6, "--batch", 4, "--ttur", 2, "--save-every", 1]
+SHORT = ["--adapter", 2, "--steps", 4, "--batch", 4, "--ttur", 2, "--save-every", 1]
 SHORT += ["--no-gan", "--no-table", "--exam-every", 0, "--out"]
 
 

@@ -149,7 +149,7 @@ def two_ranks(place):
     runs = {kind: {**DIGITS, "batch": 8, "shard": kind} for kind in ("fsdp", "ddp")}
     runs["parts"] = {**DIGITS, "steps": 2, "batch": 4, "accumulate": 2, "shard": "ddp"}
     runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
-    runs["adapter"] = {**ADAPTER, "batch": 8}
+    runs["adapter"] = {**ADAPTER, "batch": 8, "shard": "fsdp"}
     runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
     processes.finish(follow_all, 2, place / "printed.txt", place, runs)
     return {name: torch.load(place / name) for name in (*runs, "ida")}
@@ -185,8 +185,8 @@ def test_shards_of_compiled_blocks_compute_the_same(tmp_path):
     assert_same(follow(None, **flags, batch=16), torch.load(out), 1e-6)
 
 
-def test_two_ranks_share_adapters_as_copies(two_ranks):
-    """The base is whole on both, A is the first rank's."""
+def test_two_ranks_share_adapters(two_ranks):
+    """In shards; the base is whole on both, A is the first rank's."""
     one = follow(None, **ADAPTER, batch=16)
     assert {name.rpartition(".")[2] for name in one["weights"]["student"]} == {"up", "down"}
     assert_same(one, two_ranks["adapter"], 1e-6)
