@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import teachers
 from schedule import DDPM, Flow, Rng
 
 torch.set_num_threads(1)  # the networks are tiny: threads only wait for each other
@@ -68,6 +69,17 @@ def cond():
 @pytest.fixture
 def uncond():
     return {"c": torch.zeros(3, 1)}
+
+
+@pytest.fixture(autouse=True)
+def found_anew(monkeypatch):
+    """What is kept of a teacher's own file, and where it looks for its neighbours, ends with the
+    test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = dict(teachers.FOUND)
+    yield
+    teachers.FOUND.clear()
+    teachers.FOUND.update(before)
 
 
 @pytest.fixture

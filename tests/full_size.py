@@ -17,6 +17,7 @@ since they write tensors that are not there to a file: `save_checkpoint` and `st
 
 import argparse
 import functools
+import gc
 import importlib
 import json
 import os
@@ -195,6 +196,7 @@ def iterate(
                 p.grad = torch.zeros_like(p)
             opt.step(1.0)
             opt.zero_grad()
+        gc.collect()  # tensors without memory come in circles
         report["resident"], gpu.stage = gpu.now, "train_step"
         for turn, (step, judged) in zip(turns, turn_steps(cfg, nets, turns), strict=True):
             gpu.answers["any"] = judged

@@ -20,7 +20,7 @@ import evaluate
 import sample
 import train
 from engine import bench
-from teachers import FOUND, find
+from teachers import find
 
 PAGE = Path(__file__).parent.parent / "docs" / "own_teacher.md"
 MINE, MAKE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
@@ -104,16 +104,6 @@ def place(tmp_path_factory):
         runpy.run_path(str(folder / "make.py"), run_name="__main__")
     yield folder
     sys.modules.pop("mine")
-
-
-@pytest.fixture(autouse=True)
-def found_anew(monkeypatch):
-    """What a command keeps of a file, and where it looks for its neighbours, ends with the test."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(FOUND)
-    yield
-    for name in set(FOUND) - before:
-        del FOUND[name]
 
 
 def flags_for(place, out, *more, file="mine.py"):
