@@ -126,10 +126,11 @@ def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
     """Ctrl-C, which reaches the whole group: train.py saves and stops, within seconds; no student
     is examined before its end."""
     flags = ["--kinds", "dmd", "--seeds", "0", "--steps", "100000", "--out", str(tmp_path)]
-    file = Path(ablation.__file__)
+    root = Path(ablation.__file__).parents[1]
     how = {"stderr": subprocess.PIPE, "text": True, "process_group": 0}
     how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # "&" has it ignored
-    run = subprocess.Popen([sys.executable, file, *flags], **how)
+    call = [sys.executable, "-m", "digits.ablation", *flags]
+    run = subprocess.Popen(call, cwd=root, **how)
     log = tmp_path / "dmd-0" / "log.csv"
     for _ in range(600):
         if log.is_file() and log.read_text().count("\n") > 3:

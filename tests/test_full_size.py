@@ -178,8 +178,8 @@ def test_all_ranks_say_the_same_in_the_same_order(iterate, each, world, flags, t
 @pytest.mark.parametrize("teacher, world", [("flux-dev", 0), ("flux-dev", 8), ("sdxl", 0)])
 def test_the_plan_is_what_is_seen_here(iterate, teacher, world, monkeypatch):
     """Read off tensors of the CPU, without a compiler: resident within 1 %, waits in train_step as
-    here. The peak is within .1 % at full depth (docs/results.md); where networks have few blocks the
-    autoencoder's backward pass has it, of which the plan has up to a fifth less."""
+    here. The peak is within .1 % at full depth (docs/results.md); with few blocks the autoencoder's
+    backward pass has it, of which the plan has up to a fifth less."""
     flags = RANKS_OF_FLUX if world else ()
     where = {"world": world, "each": 8, "rank": 0} if world else {}
     report = iterate(teacher, *flags, turns=TURNS if world else TEACHERS[teacher], **where)
