@@ -21,8 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from config import Config
 from discriminator import Discriminator, disc_loss, gan_loss
 from engine import ranks
+from engine.build import anchors
 from engine.meter import FORMULAS
-from schedule import Cond, grid
+from schedule import Cond
 from teachers import Teacher, find
 
 PARTS = ("student", "fake", "teacher", "discriminator", "VAE", "text")
@@ -43,13 +44,13 @@ def turns(cfg: Config) -> list[tuple[float, Turn]]:
     """Every kind of iteration and its probability."""
     with torch.device("meta"):
         schedule = find(cfg.teacher).build(cfg.shift).schedule
-    found = []
-    for i, tau in enumerate(cfg.taus or grid(schedule, cfg.student_steps)):
+    taus, found = anchors(cfg, schedule), []
+    for i, tau in enumerate(taus):
         judged = cfg.w_gan > 0 and bool(schedule.alpha(torch.tensor(tau, device="cpu")) > 0)
         for backward, p in ((True, cfg.p_backward), (False, 1 - cfg.p_backward)):
             for learn, share in ((True, 1 / cfg.ttur), (False, 1 - 1 / cfg.ttur)):
                 turn = Turn(learn, judged, i if backward else 0)
-                found.append((p * share / cfg.student_steps, turn))
+                found.append((p * share / len(taus), turn))
     return found
 
 

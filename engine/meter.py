@@ -111,14 +111,13 @@ class Meter(TorchDispatchMode):
 
     def reset(self) -> None:
         """Counts anew what happens and what is highest; what is alive stays."""
-        self.peak, self.ops, self.waits, self.read = self.now, 0, 0, None
+        self.peak, self.waits, self.read = self.now, 0, None
         self.stages: dict[tuple[str, str], int] = {}  # (network, what it does) -> highest
         self.flops: Counter[str] = Counter()  # by network
         self.again: Counter[str] = Counter()  # of these, what a backward pass computes again
         self.kernels: Counter[tuple[int, int, bool]] = Counter()  # (FLOPs, bytes, in 16 bits)
         self.collectives: Counter[str] = Counter()  # bytes
-        self.calls: Counter[str] = Counter()  # of a network, without a gradient
-        self.flops_of_call: dict[str, int] = {}  # of the last of these
+        self.flops_of_call: dict[str, int] = {}  # of a network's last call without a gradient
 
     # --- networks --------------------------------------------------------------------------------
 
@@ -160,7 +159,6 @@ class Meter(TorchDispatchMode):
         finally:
             self.part = before
         if not torch.is_grad_enabled():
-            self.calls[part] += 1
             self.flops_of_call[part] = sum(self.flops.values()) - flops
         for x in tensors_in(out):
             if x.requires_grad:
@@ -254,7 +252,6 @@ class Meter(TorchDispatchMode):
             new = func in EMPTY or (self.is_making and func in FILLED)
             if not (new and is_weight(args, kwargs)):
                 return func(*args, **kwargs)
-        self.ops += 1
         if func is aten._local_scalar_dense.default:
             storage = args[0].untyped_storage()._cdata  # a list comes number by number
             self.waits, self.read = self.waits + (storage != self.read), storage

@@ -21,6 +21,7 @@ from config import Config
 from discriminator import Discriminator
 from engine import build, ranks
 from engine.batch import ids_of
+from engine.calls import PARTS, turns
 from engine.cards import CARDS, Card
 from engine.meter import CPU, Meter
 from engine.unloaded import Run, one_of, without_files
@@ -28,8 +29,6 @@ from schedule import Rng
 from teachers import find
 
 RESERVE = 4e9  # bytes that torch cannot hand out: CUDA's context, NCCL's buffers, fragmentation
-PARTS = ("student", "fake", "teacher", "discriminator", "VAE", "text")
-
 
 # --- what its turns take -------------------------------------------------------------------------
 
@@ -87,7 +86,7 @@ def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80
     with silence, one_of(gpus), without_files(cfg.teacher, meter, cached, cfg.t5), meter:
         bar = tqdm(total=2 + (cfg.ttur > 1), desc="plan", leave=False, disable=None)
         shop = Run(cfg, meter, cached)
-        taus, turns = build.anchors(cfg, shop.nets.student.schedule), {}
+        taus, ran = build.anchors(cfg, shop.nets.student.schedule), {}
         for learn in (True, False)[: 1 + (cfg.ttur > 1)]:
             bar.update()
             step = find_step(cfg, taus, learn, min(1, len(taus) - 1))
@@ -97,7 +96,7 @@ def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80
             with build.precision(cfg, shop.nets, CPU):
                 train_step(step, batch, shop.nets, shop.opts, cfg)
             del batch
-            turns[learn] = Turn(
+            ran[learn] = Turn(
                 **{"stages": meter.stages, "peak": meter.peak, "flops": meter.flops},
                 **{"again": meter.again, "loaded": loaded, "kernels": meter.kernels},
                 **{"collectives": meter.collectives, "waits": meter.waits},
@@ -106,7 +105,7 @@ def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80
         bar.close()
         drawn = min(1, len(taus) - 1) * (cfg.p_backward > 0)
         sizes = shop.resident(), shop.built, shop.saved(), shop.loading()
-        return Plan(cfg, gpus, *sizes, drawn, turns)
+        return Plan(cfg, gpus, *sizes, drawn, ran)
 
 
 def choose_shards(cfg: Config, memory: float) -> str:
@@ -117,21 +116,6 @@ def choose_shards(cfg: Config, memory: float) -> str:
         disc = Discriminator(family.build_backbone(), *how) if cfg.w_gan else None
     weights = build.count_trained(cfg, family, disc)
     return "fsdp" if ranks.wants_shards(weights, memory) else "ddp"
-
-
-def kinds(cfg: Config) -> list[tuple[float, bool, bool, int]]:
-    """Every kind of iteration: probability, whether the student learns, whether the discriminator
-    has work (not at pure noise), calls of the student in backward simulation."""
-    with torch.device("meta"):
-        schedule = find(cfg.teacher).build(cfg.shift).schedule
-    taus, found = build.anchors(cfg, schedule), []
-    for i, tau in enumerate(taus):
-        judged = cfg.w_gan > 0 and float(schedule.alpha(torch.tensor(tau, device="cpu"))) > 0
-        for backward, p in ((True, cfg.p_backward), (False, 1 - cfg.p_backward)):
-            for learn, share in ((True, 1 / cfg.ttur), (False, 1 - 1 / cfg.ttur)):
-                if p * share:
-                    found.append((p * share / len(taus), learn, judged, i if backward else 0))
-    return found
 
 
 def flops_of(plan: Plan, learn: bool, judged: bool, drawn: int) -> dict[str, float]:
@@ -148,10 +132,10 @@ def flops_of(plan: Plan, learn: bool, judged: bool, drawn: int) -> dict[str, flo
 def mean_flops(plan: Plan, only: bool | None = None) -> dict[str, float]:
     """Of the average iteration, by network; only: of the student's turns, or of the others."""
     found, total = dict.fromkeys(PARTS, 0.0), 0.0
-    for p, learn, judged, drawn in kinds(plan.cfg):
-        if only in (None, learn):
+    for p, kind in turns(plan.cfg):
+        if p and only in (None, kind.learn):
             total += p
-            for part, n in flops_of(plan, learn, judged, drawn).items():
+            for part, n in flops_of(plan, **vars(kind)).items():
                 found[part] += p * n
     return {part: n / total for part, n in found.items()}
 

@@ -128,7 +128,7 @@ def test_the_mean_over_turns_weighs_each_by_its_probability():
     """A quarter of FLUX's turns is at pure noise, where nothing is decoded; backward simulation
     draws p (K - 1) / 2 times on average; DMD and ISG ask the teacher on one turn in ttur."""
     cfg = configured("flux-dev", ttur=5, p_backward=0.5)
-    assert sum(p for p, *_ in plan.kinds(cfg)) == pytest.approx(1)
+    assert sum(p for p, _ in calls.turns(cfg)) == pytest.approx(1)
     told = planned(cfg)
     mean, learn, other = mean_flops(told), *(told.turns[which] for which in (True, False))
     assert mean["teacher"] == pytest.approx(learn.flops["teacher"] / 5)
