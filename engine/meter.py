@@ -223,7 +223,7 @@ class Meter(TorchDispatchMode):
             self.replace(kind, "is_cuda", True)
             self.replace(kind, "is_cpu", False)
         self.replace(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        for name in ("layer_norm", "group_norm", "rms_norm"):
+        for name in ("layer_norm", "group_norm", "rms_norm", "interpolate"):
             self.replace(F, name, in_fp32(getattr(F, name)))
         return super().__enter__()
 
@@ -310,12 +310,12 @@ class Meter(TorchDispatchMode):
         return out, flops
 
 
-def in_fp32(norm: Callable) -> Callable:
+def in_fp32(function: Callable) -> Callable:
     """As CUDA's autocast computes it; the CPU's takes what comes."""
 
     def widened(*args, **kwargs) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             args = [x.float() if isinstance(x, Tensor) else x for x in args]
-        return norm(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return widened
