@@ -48,6 +48,12 @@ KINDS = {  # of the ablation's runs: title, flags of train.py
     "slow-ida": ("slow fake score: DMD + IDA", "--no-isg --no-gan --lr-fake 1e-4"),
     "slow-no-ida": ("slow fake score: all but IDA", "--no-ida --lr-fake 1e-4"),
     "slow-all": ("slow fake score: all three", "--lr-fake 1e-4"),
+    "lora": ("adapters, rank 16", "--adapter 16"),
+    "lora-4": ("adapters, rank 4", "--adapter 4"),
+    "lora-64": ("adapters, rank 64", "--adapter 64"),
+    "lora-random": ("adapters, random A", "--adapter 16 --adapter-init random"),
+    "lora-both": ("adapters, A trained too", "--adapter 16 --adapter-train both"),
+    "lora-no-ida": ("adapters without IDA", "--adapter 16 --no-ida"),
 }
 
 

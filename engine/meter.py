@@ -69,7 +69,8 @@ def tensors_in(given) -> list[Tensor]:
 def form(given) -> object:
     """Of arguments, all on which the form of a result depends."""
     if isinstance(given, Tensor):
-        return given.shape, given.stride(), given.dtype
+        device = given.fake_device if isinstance(given, FakeTensor) else given.device
+        return given.shape, given.stride(), given.dtype, device
     if isinstance(given, (tuple, list)):
         return tuple([form(part) for part in given])
     if isinstance(given, dict):
@@ -94,6 +95,50 @@ def kind_of(func) -> str:
     return "new"
 
 
+class Kernels:
+    """What a kernel makes, without its values: forms alone, each kind of call asked once."""
+
+    def __init__(self):
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.known: dict[object, tuple] = {}  # call -> (whether many, form of each result, FLOPs)
+
+    def make(self, shape, stride, dtype: torch.dtype, device: torch.device = CPU) -> FakeTensor:
+        x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return FakeTensor(self.fake, x, device)
+
+    def run(self, func, flat: list[Tensor], args, kwargs) -> tuple[object, int | None]:
+        """flat: all tensors of args and kwargs. Returns the result and its FLOPs, None of a view.
+
+        Raises what torch does where devices, dtypes or shapes do not fit.
+        """
+        kind = kind_of(func)
+        if kind == "view" and all([isinstance(x, FakeTensor) for x in flat]):
+            with in_kernel_invocation_manager(self.fake):
+                seen = func(*args, **kwargs)
+            device = args[0].fake_device
+            if isinstance(seen, (list, tuple)):
+                return [FakeTensor(self.fake, x, device) for x in seen], None
+            return FakeTensor(self.fake, seen, device), None
+        if kind not in ("new", "in place"):
+            return self.fake.dispatch(func, (), args, kwargs), 0
+        key = func, form(args), form(kwargs)
+        if key not in self.known:
+            out, flops = self.fake.dispatch(func, (), args, kwargs), 0
+            if kind == "new":
+                formula = FORMULAS.get(func._overloadpacket)
+                flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            parts = out if isinstance(out, (list, tuple)) else [out]
+            forms = [x if x is None else form(x) for x in parts]
+            if all(x is None or isinstance(x, FakeTensor) for x in parts):
+                self.known[key] = parts is out, forms, flops
+            return out, flops
+        many, forms, flops = self.known[key]
+        if kind == "in place":
+            return (args[0] if func._schema.returns else None), 0
+        made = [each and self.make(*each) for each in forms]
+        return (made if many else made[0]), flops
+
+
 class Meter(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -101,9 +146,8 @@ class Meter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.compute = Kernels()
         self.storages = WeakIdKeyDictionary()  # storage -> [its bytes]
-        self.known: dict[object, list] = {}  # call -> (form of the result, FLOPs)
         self.now, self.is_making = 0, False
         self.part, self.doing = "", "forward"  # which network, and what it does
         self.back = ""  # which one a backward pass is in
@@ -132,8 +176,7 @@ class Meter(TorchDispatchMode):
         return net
 
     def make(self, shape, stride, dtype: torch.dtype) -> FakeTensor:
-        x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        x = FakeTensor(self.fake, x, CPU)
+        x = self.compute.make(shape, stride, dtype)
         self.see(x)
         return x
 
@@ -262,25 +305,13 @@ class Meter(TorchDispatchMode):
 
     def run_kernel(self, func, flat: list[Tensor], args, kwargs):
         """Without its values."""
-        kind, flops = kind_of(func), 0
-        if kind == "view" and all([isinstance(x, FakeTensor) for x in flat]):
-            with in_kernel_invocation_manager(self.fake):
-                seen = func(*args, **kwargs)
-            if isinstance(seen, (list, tuple)):
-                return [FakeTensor(self.fake, x, CPU) for x in seen]
-            return FakeTensor(self.fake, seen, CPU)
-        if kind == "in place":
-            out = args[0] if func._schema.returns else None
-        elif kind == "new":
-            out, flops = self.look_up(func, args, kwargs)
-        else:
-            out = self.fake.dispatch(func, (), args, kwargs)
-            for x in tensors_in(out):
-                if isinstance(x, FakeTensor):
-                    self.see(x)
-        for x in flat:  # what the host has sent
+        out, flops = self.compute.run(func, flat, args, kwargs)
+        if flops is None:
+            return out
+        made = [x for x in tensors_in(out) if isinstance(x, FakeTensor)]
+        for x in (*made, *flat):  # flat: also what the host has sent
             self.see(x)
-        size = sum([x.nbytes for x in flat]) + sum([x.nbytes for x in tensors_in(out)])
+        size = sum([x.nbytes for x in flat]) + sum([x.nbytes for x in made])
         half = bool(flat) and flat[0].dtype.itemsize == 2
         self.kernels[flops, size, half] += 1
         if flops:
@@ -290,24 +321,6 @@ class Meter(TorchDispatchMode):
             again = doing == "backward" and torch.is_grad_enabled()
             self.again[network] += flops if again else 0
         return out
-
-    def look_up(self, func, args, kwargs) -> tuple[object, int]:
-        """What it makes, and its FLOPs."""
-        key = func, form(args), form(kwargs)
-        if key in self.known:
-            many, forms, flops = self.known[key]
-            made = [each and self.make(*each) for each in forms]
-            return (made if many else made[0]), flops
-        out = self.fake.dispatch(func, (), args, kwargs)
-        parts = out if isinstance(out, (list, tuple)) else [out]
-        for x in tensors_in(parts):
-            self.see(x)
-        formula = FORMULAS.get(func._overloadpacket)
-        flops = formula(*args, **kwargs, out_val=out) if formula else 0
-        if all(x is None or isinstance(x, FakeTensor) for x in parts):
-            forms = [x if x is None else (x.shape, x.stride(), x.dtype) for x in parts]
-            self.known[key] = parts is out, forms, flops
-        return out, flops
 
 
 def in_fp32(function: Callable) -> Callable:

@@ -1,6 +1,7 @@
 """What tests share: small denoisers (real modules, with closed forms where a test needs one), and
 commands run as a user runs them."""
 
+import os
 import sys
 
 import pytest
@@ -11,6 +12,12 @@ import teachers
 from schedule import DDPM, Flow, Rng
 
 torch.set_num_threads(1)  # the networks are tiny: threads only wait for each other
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All tests: a process for every core, four at most, each of which takes a whole file at a
+    time. Some of them: in this process, which starts sooner."""
+    return min(os.cpu_count(), 4) if config.args_source.name == "TESTPATHS" else 0
 
 
 class Linear(nn.Module):

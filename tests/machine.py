@@ -67,6 +67,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
+from engine.meter import Kernels, tensors_in  # noqa: E402
+
 torch.set_num_threads(1)
 aten = torch.ops.aten
 BIG = 2**24  # bytes: a tensor of the CPU above that is fake too, where one can choose
@@ -209,15 +211,6 @@ def on_cuda(x) -> bool:
     return isinstance(x, FakeTensor) and x.fake_device.type == "cuda"
 
 
-def tensors_in(given) -> list[Tensor]:
-    """However deep; torch's own tree_leaves takes as long as all the rest."""
-    if isinstance(given, Tensor):
-        return [given]
-    if isinstance(given, (tuple, list)):
-        return [x for part in given for x in tensors_in(part)]
-    return []
-
-
 def kind_of(device) -> str | None:
     return None if device is None else torch.device(device).type
 
@@ -236,7 +229,7 @@ class Machine(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.compute = Kernels()
         self.answers = {"any": True}  # by the function that made it: what a truth read off is
         self.made_by = WeakIdKeyDictionary()  # truths on the GPU -> that function
         self.storages = WeakIdKeyDictionary()  # storage -> [its bytes, whether on the GPU]
@@ -332,7 +325,7 @@ class Machine(TorchDispatchMode):
 
     def make(self, func, args, kwargs):
         """What comes of it, without memory."""
-        out = self.fake.dispatch(func, (), args, kwargs)
+        out, _ = self.compute.run(func, tensors_in((args, *kwargs.values())), args, kwargs)
         for x in tensors_in(out):
             if isinstance(x, FakeTensor):
                 self.see(x)
