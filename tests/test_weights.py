@@ -17,7 +17,7 @@ from torch import nn
 
 from model import Flux, FluxConfig
 from nets.files import SHARED, find_files
-from nets.weights import load_weights, save_weights, stream_weights
+from nets.weights import digest, load_weights, save_weights, stream_weights
 from schedule import Flow
 
 ROOT = Path(__file__).parent.parent
@@ -601,3 +601,47 @@ def test_a_gated_repository_says_how_to_get_in(hub, monkeypatch, how):
         find_parts("flux-dev", PARTS)
     for words in ("https://huggingface.co/black-forest-labs/FLUX.1-dev", "`hf auth login`"):
         assert words in str(caught.value)
+
+
+# --- the same weights? ---------------------------------------------------------------------------
+
+
+def test_a_digest_tells_files_apart_and_not_how_they_are_packed(path, shards):
+    """One file, its shards or their index; other metadata, another order on disk, another network
+    beside it: the same. A changed value, name, shape or dtype: another."""
+    one, tensors = digest(path), load_file(path)
+    assert len(one) == 16
+    assert digest(shards) == digest(sorted(path.parent.glob("small-*"))) == one
+    save_file(tensors, path, metadata={"licence": "free"})
+    assert digest(path) == one
+    other = path.with_name("other.safetensors")
+    save_file({"net." + name: x for name, x in tensors.items()} | {"x": torch.ones(9)}, other)
+    assert digest(other, prefix="net.") == one != digest(other)
+    for change in (
+        {"0.weight": tensors["0.weight"].index_fill(0, torch.tensor(3), 7.0)},
+        {"0.weight": tensors["0.weight"].reshape(3, 4)},
+        {"mean": tensors["mean"].half()},
+        {"more": torch.zeros(0)},
+    ):
+        save_file(tensors | change, other)
+        assert digest(other) != one, change
+    cut_data(other)
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        digest(other)
+
+
+def test_a_digest_samples_large_tensors_and_reads_tokenizers_whole(tmp_path):
+    large = torch.zeros(100, 1000)
+    seen = []
+    for place in (0, 50_000, 99_999, None):
+        large.zero_()
+        if place is not None:
+            large.view(-1)[place] = 1
+        save_file({"w": large}, tmp_path / "w.safetensors")
+        seen.append(digest(tmp_path / "w.safetensors"))
+    assert len(set(seen)) == 4
+    words = [tmp_path / "vocab.json", tmp_path / "merges.txt"]
+    for text in ("{}", "[]"):
+        words[0].write_text(text), words[1].write_text("#version")
+        seen.append(digest(words))
+    assert len(set(seen)) == 6
