@@ -146,5 +146,6 @@ def merged(
         pair = added.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if pair:
             down, up = (x.to(weight.device, torch.float32) for x in pair)
-            weight = weight.float() + scale * (up @ down).view_as(weight)
+            product = up @ down
+            weight = product.mul_(scale).view_as(weight).add_(weight)  # one tensor more, no other
         yield name, weight

@@ -140,6 +140,10 @@ class Config:
         (1024, 1024), "height and width of the images, in pixels: their resolution", COUNT
     )
     weights: str = setting("", "folder of the official files; none: the hub")
+    base: str = setting(
+        "", "a fine-tune in place of its denoiser: a file, shards, or diffusers' folder"
+    )
+    merge: tuple[str, ...] = setting((), "LoRA files added to that first, FILE or FILE:SCALE")
     t5: bool = setting(True, "SD 3.5: read captions with T5 too, not with CLIP alone")
     bf16: bool = setting(True, "compute in bf16; trained weights and losses stay fp32")
     tf32: bool = setting(
@@ -259,6 +263,8 @@ HOUSEKEEPING = (
     "lora_format",
     "cache",
     "weights",
+    "base",  # these two: a digest tells whether the weights are the same
+    "merge",
     "compile",  # this one and the next: numbers are rounded otherwise, and mean the same
     "channels_last",
     "workers",

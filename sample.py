@@ -4,6 +4,7 @@
     python sample.py --teacher digits --steps 50 --guidance 2 --prompt "a digit above a green two"
     python sample.py --teacher flux-dev --steps 28 --guidance 3.5 --size 768 1360 --prompt "a fox"
     python sample.py --checkpoint FILE --prompts FILE --seed 0 1 2 --out folder/name.png
+    python sample.py --teacher sdxl --base mine.safetensors --merge lora.safetensors:0.8 --prompt ..
 
 One prompt and one seed write --out; more write name-000.png, name-001.png, ... The noise of an
 image depends on its seed alone, so a prompt gives the same image alone or among others.
@@ -30,8 +31,9 @@ from config import Refusal
 from dataset.images import read_text
 from engine import ranks
 from engine.batch import encode_all
-from engine.build import channels_last, check_compiler, run_blocks
+from engine.build import channels_last, check_base, check_compiler, identity, run_blocks
 from engine.pictures import save_png
+from engine.run import say
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
@@ -58,9 +60,13 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     settings |= {"sampler": given.sampler or sampler, "guidance": guidance}
     given.batch = given.batch or family.sampled_at_once
     given.scale = given.scale or family.enlarged
+    settings |= {"base": Path(given.base).name} if given.base else {}
+    settings |= {"merge": [Path(file).name for file in given.merge]} if given.merge else {}
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
     if family.guided_by == "none" and given.guidance:
         raise Refusal(f"--guidance {given.guidance:g}: {family.name} takes none")
+    if given.checkpoint and given.merge and not is_lora(about):
+        raise Refusal("--merge: LoRAs are merged into a teacher, or what a LoRA stands on")
     family.check_size(size)
     return settings, family
 
@@ -80,13 +86,24 @@ def load(
     how = (DTYPES[settings["dtype"]], device)
     if given.checkpoint:
         paths = [given.checkpoint, *files.get("denoiser", [])]
-        net = load_saved(family, paths, *how, scale=given.adapter_scale)
+        more = {"scale": given.adapter_scale, "merge": given.merge}
+        net = load_saved(family, paths, *how, **more)
     else:
-        net = family.load(family.preset.shift, files["denoiser"], *how)
+        net = family.load(family.preset.shift, files["denoiser"], *how, given.merge)
     if settings["taus"] is None:
         asked = (settings["steps"], settings["size"], bool(given.checkpoint))
         settings["taus"] = times_of(family, net.schedule, *asked)
     return net.requires_grad_(False).eval()
+
+
+def trained_on(given: argparse.Namespace, family: Teacher, files: Files) -> str:
+    """A remark where a student that is a LoRA was trained on other weights; "": on these."""
+    about = read_student(given.checkpoint) if given.checkpoint and "denoiser" in files else {}
+    here = identity(family, files["denoiser"], given.merge) if about.get("base") else ""
+    if about.get("base") in (None, "", here):
+        return ""
+    was = f"{given.checkpoint} was trained on other weights ({about['base']}, here {here})"
+    return f"{was}; give them with --base and --merge"
 
 
 def read_prompts(given: argparse.Namespace) -> list[str]:
@@ -115,7 +132,11 @@ def main() -> None:
         paths = out_paths(given.out, len(jobs))
         size, dtype = settings["size"], DTYPES[settings["dtype"]]
         whole = given.checkpoint and not is_lora(read_student(given.checkpoint))
-        files = family.locate(given.weights, not whole, t5=not given.no_t5)
+        files = family.locate(given.weights, not whole, t5=not given.no_t5, base=given.base)
+        for remark in check_base(family, files, given.merge) if given.base or given.merge else ():
+            say(remark)
+        if remark := trained_on(given, family, files):
+            say(remark)
         text = family.load_text(files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]
         conds = encode_all(text, prompts, given.batch, device, size)

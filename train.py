@@ -313,7 +313,8 @@ def main() -> None:
         check_optimizer(cfg.optimizer)
         data = open_inputs(cfg, family)
         check_export(cfg, family)
-        out = prepare_folder(cfg, given.overwrite, base := base_of(cfg, family))
+        digests = {"denoiser": base_of(cfg, family)}
+        out = prepare_folder(cfg, given.overwrite, digests)
         cache = fill_cache(cfg, family, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
         examined = is_examined(cfg, family)
@@ -322,7 +323,7 @@ def main() -> None:
         if exam:
             exam.ask_teacher(teacher)
     if ranks.rank() == 0:  # not before: what was refused leaves nothing behind
-        settings = dataclasses.asdict(cfg) | {"world": ranks.world(), "base": base}
+        settings = dataclasses.asdict(cfg) | {"world": ranks.world(), "digests": digests}
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     start = time.time()
     try:

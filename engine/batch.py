@@ -117,7 +117,7 @@ def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cach
     check_purpose(folder, about)
     there = complete(folder, count, family.uses_null)
     if not ranks.agree(there, device):  # asked before any rank writes
-        files = family.locate(cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5)
+        files = family.locate(cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5, base=cfg.base)
         how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
         text, vae = family.load_text(files, *how), family.load_vae(files, *how)
         reader = family.load_reader(files, *how) if cfg.w_gan else None

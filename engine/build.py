@@ -13,7 +13,7 @@ aim_adapters               what adapters read
 
 import copy
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,15 @@ from discriminator import Discriminator
 from dmd import fake_loss, student_input
 from engine import ranks
 from engine.batch import load_batch, read_null, uncropped
+from engine.run import say
 from engine.views import Roles, check_views, load_views, one_fixed, view_of, whole_view
-from nets.files import Files, fingerprint
+from nets.files import Files
 from nets.tiles import Tiled
+from nets.weights import digest
 from schedule import Cond, Rng, anchor_at, generator, grid
 from teachers import Teacher, find
+from teachers.bases import not_read
+from teachers.merging import not_merged, parse_merge
 
 
 @dataclass
@@ -116,31 +120,58 @@ def open_inputs(cfg: Config, family: Teacher):
 
     ValueError or OSError.
     """
-    problems, data = [], None
+    problems, remarks, data = [], [], None
     try:
         data = open_training_data(cfg, family)
     except (Refusal, FileNotFoundError) as error:
         problems.append(error)
     try:
-        locate_files(cfg, family, cached=bool(cfg.cache))
+        files = locate_files(cfg, family, cached=bool(cfg.cache))
+        if cfg.base or cfg.merge:
+            remarks = check_base(family, files, cfg.merge)
     except (Refusal, FileNotFoundError, PermissionError) as error:
         problems.append(error)
     if len(problems) > 1:
         raise Refusal("; and ".join(map(str, problems)))
     if problems:
         raise problems[0]
+    for remark in remarks:
+        say(remark)
     return data
 
 
 def locate_files(cfg: Config, family: Teacher, cached: bool = False) -> Files:
     """cached: text and latents come from a cache."""
-    return family.locate(cfg.weights, text=not cached, t5=cfg.t5, disc=cfg.w_gan > 0)
+    asked = {"text": not cached, "t5": cfg.t5, "disc": cfg.w_gan > 0}
+    return family.locate(cfg.weights, **asked, base=cfg.base)
+
+
+def check_base(family: Teacher, files: Files, merge: Sequence[str]) -> list[str]:
+    """Remarks on what of a fine-tune and of LoRAs is not read. ValueError for what cannot be.
+
+    Looks at headers, LoRAs and one weight. Where a student draws there is no denoiser, and nothing
+    to say.
+    """
+    path = files.get("denoiser")
+    if path is None:
+        return []
+    net = family.load(1.0, path, None, "meta")
+    next(family.tensors_of(net, path, torch.float32, "cpu", merge))
+    left = not_read(family.known(), path, family.parts(), family.layout(path, net)["prefix"])
+    return [remark for remark in (left, *map(not_merged, merge)) if remark]
 
 
 def base_of(cfg: Config, family: Teacher) -> str:
-    """Fingerprint of the file that adapters stand on; "" without them."""
-    files = locate_files(cfg, family, cached=True)["denoiser"] if cfg.adapter else []
-    return "+".join(map(fingerprint, files))
+    """What the run begins as: a digest of the denoiser's files, and of each LoRA in them."""
+    paths = family.locate(cfg.weights, text=False, base=cfg.base)["denoiser"]
+    return identity(family, paths, cfg.merge)
+
+
+def identity(family: Teacher, paths: list[Path], merge: Sequence[str]) -> str:
+    """Of a denoiser's files and of what is merged into them: their digests."""
+    prefix = family.layout(paths, family.load(1.0, paths, None, "meta"))["prefix"]
+    added = sorted((digest(path), scale) for path, scale in map(parse_merge, merge))
+    return "+".join([digest(paths, prefix), *(f"{name}:{scale:g}" for name, scale in added)])
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -175,8 +206,7 @@ def build_nets(cfg: Config, device: torch.device, cache: Cache | None = None) ->
     reader = family.load_reader(files, frozen, device) if reading else None
     shown = encode_shown(
         cfg,
-        text
-        or (cfg.show and family.load_text(family.locate(cfg.weights, t5=cfg.t5), frozen, device)),
+        text or (cfg.show and family.load_text(locate_files(cfg, family), frozen, device)),
         device,
     )
     null = read_null(cfg, family, text, device)
@@ -219,7 +249,7 @@ def load_denoiser(
     if mesh is None:
         if twin is not None:
             return copy.deepcopy(twin)
-        net = family.load(cfg.shift, path, dtype, device)
+        net = family.load(cfg.shift, path, dtype, device, cfg.merge)
     else:
         net = family.load(cfg.shift, path, dtype, torch.device("meta"))
         prepare(net)
@@ -227,7 +257,7 @@ def load_denoiser(
         if twin is not None:
             ranks.copy_shards(net, twin)
             return net
-        ranks.deal(net, family.read(cfg.shift, path, dtype, device), device)
+        ranks.deal(net, family.read(cfg.shift, path, dtype, device, cfg.merge), device)
     prepare(net)
     return net
 

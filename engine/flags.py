@@ -152,6 +152,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     batch = "images at a time; default: 64 digits, else 1"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
     parser.add_argument("--weights", default="", help="folder of the official files")
+    add_base(parser)
     without = "SD 3.5: read prompts without T5, which need not be there then"
     parser.add_argument("--no-t5", action="store_true", help=without)
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
@@ -327,6 +328,13 @@ def pretrain_arguments(about: str | None) -> argparse.Namespace:
 def add_adapter_scale(parser: Parser) -> None:
     help = "of what a student that is a LoRA adds to its teacher; default: 1"
     parser.add_argument("--adapter-scale", type=float, may=ANY, default=1.0, help=help)
+
+
+def add_base(parser: Parser) -> None:
+    base = "a fine-tune in place of the teacher's denoiser; as for train.py"
+    parser.add_argument("--base", default="", metavar="FILE", help=base)
+    merge = "LoRA files added to that first"
+    parser.add_argument("--merge", nargs="+", default=[], metavar="FILE[:SCALE]", help=merge)
 
 
 def add_size(parser: Parser, default: str) -> None:

@@ -26,7 +26,7 @@ from engine.batch import load_batch
 from engine.build import Nets, anchors, base_of, precision, whole_net
 from engine.pictures import curves, sheet
 from engine.run import Run, say
-from nets.weights import has_eight_bits, merge_weights, stream_weights, write
+from nets.weights import as_named, merge_weights, read_metadata, stream_weights, write
 from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find
 from teachers.lora import format_of, lora_tensors, read_lora
@@ -75,10 +75,6 @@ def check_export(cfg: Config, family: Teacher) -> None:
         raise Refusal(f"--export full: the file of {family.name} holds no other network")
     if cfg.adapter:
         format_of(family, cfg.lora_format)
-    if cfg.adapter and cfg.export == "full":
-        files = family.locate(cfg.weights, text=False)["denoiser"]
-        if has_eight_bits(files):
-            raise Refusal(f"--export full: {files[0]} is in 8 bits; merge on the original file")
 
 
 def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
@@ -94,6 +90,7 @@ def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
         "shift": str(cfg.shift),
         "size": json.dumps(cfg.size),
         "taus": json.dumps(anchors(cfg, nets.student.schedule)),
+        "base": base_of(cfg, nets.family),
     }
 
 
@@ -121,20 +118,36 @@ def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Pa
         tensors = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
         more = {"modelspec.architecture": f"{family.name}/lora", "guidance": str(cfg.guidance)}
         more |= {"rank": str(cfg.adapter), "alpha": str(cfg.adapter), "lora_format": kind}
-        write(tensors, path, about | more | {"base": base_of(cfg, family)})
+        write(tensors, path, about | more)
     return path
 
 
 def merge(cfg: Config, nets: Nets, student: Path, about: dict[str, str]) -> None:
     """An official file, the student in its teacher's place; of adapters, added to that in fp32."""
     family, path = find(cfg.teacher), student.with_name("full.safetensors")
-    base = family.locate(cfg.weights, text=False)["denoiser"]
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    base = family.locate(cfg.weights, text=False, base=cfg.base)["denoiser"]
+    form = family.load(cfg.shift, base, dtype, "meta")
     if cfg.adapter:
         state = merged_weights(cfg, nets, student, base)
     else:
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         state = family.load(cfg.shift, student, dtype).state_dict().items()
-    merge_weights(state, path, base, about, family.prefix())
+    whole, layout = base, family.layout(base, form)
+    about = kept_metadata(base) | about
+    if layout["stored"] is not as_named:  # under names that are not a student's
+        if not family.prefix():
+            shapes = {name: x.shape for name, x in form.state_dict().items()}
+            return stream_weights(state, shapes, path, dtype, about)
+        whole = family.locate(cfg.weights, text=False)["denoiser"]
+        about = kept_metadata(whole) | about
+        layout = family.layout(whole, form)
+    merge_weights(state, path, whole, about, layout["prefix"], layout["ignore"])
+
+
+def kept_metadata(paths: list[Path]) -> dict[str, str]:
+    """What files say of themselves, licence included; but for the hash of their bytes."""
+    every = {key: value for path in paths for key, value in read_metadata(path).items()}
+    return {key: value for key, value in every.items() if not key.endswith("hash_sha256")}
 
 
 def merged_weights(
@@ -143,7 +156,7 @@ def merged_weights(
     """Of the teacher's files and the LoRA as it was written, one by one, in fp32."""
     family = nets.family
     own = family.own_weights(nets.teacher, cfg.guidance)
-    weights = family.read(cfg.shift, base, torch.float32, "cpu")
+    weights = family.read(cfg.shift, base, torch.float32, "cpu", cfg.merge)
     for name, weight in merged(weights, read_lora(student, family, nets.teacher)):
         yield name, own.get(name, weight)
 

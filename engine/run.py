@@ -27,10 +27,10 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
-def prepare_folder(cfg: Config, overwrite: bool, base: str = "") -> Path:
+def prepare_folder(cfg: Config, overwrite: bool, digests: dict[str, str]) -> Path:
     """The output folder, made if need be. ValueError if it holds a run of another configuration.
 
-    base: fingerprint of the file that adapters stand on.
+    digests: of the weights that the run begins as, by part.
     """
     out = Path(cfg.out)
     try:
@@ -49,8 +49,7 @@ def prepare_folder(cfg: Config, overwrite: bool, base: str = "") -> Path:
         try:
             old = json.loads(saved.read_text())
             changed = differences(old, cfg)
-            if old.get("base", "") != base:
-                changed.append(f"the file of the base: {old.get('base')} -> {base}")
+            changed += other_weights(old, cfg, digests)
         except (json.JSONDecodeError, AttributeError):
             raise Refusal(f"{saved} is damaged; start anew with --overwrite") from None
         if changed:
@@ -59,6 +58,18 @@ def prepare_folder(cfg: Config, overwrite: bool, base: str = "") -> Path:
                 "choose another folder with --out, or start anew with --overwrite"
             )
     return out
+
+
+def other_weights(old: dict, cfg: Config, digests: dict[str, str]) -> list[str]:
+    """Parts whose weights are not those of before, whatever their files are called now."""
+    before, changed = old.get("digests", {}), []
+    was, now = (x or "the official file" for x in (old.get("base"), cfg.base))
+    files = {"denoiser": (f"{was} ", f"{now} ")}
+    for part, digest in digests.items():
+        if before.get(part, digest) != digest:
+            a, b = files.get(part, ("", ""))
+            changed.append(f"the weights of the {part}: {a}{before[part]} -> {b}{digest}")
+    return changed
 
 
 def keep_samples(cfg: Config, out: Path) -> Config:

@@ -70,12 +70,12 @@ def unloaded(family: Teacher, meter: Meter, cached: bool, t5: bool = True) -> Te
         def locate(self, *_, **__):
             return defaultdict(list)
 
-        def load(self, shift, path, dtype=torch.float32, device="cpu"):
+        def load(self, shift, path, dtype=torch.float32, device="cpu", merge=()):
             if torch.device(device).type == "meta":
                 return super().load(shift, path, dtype, device)
             return form(partial(self.build, shift), dtype)
 
-        def read(self, shift, path, dtype, device):
+        def read(self, shift, path, dtype, device, merge=()):
             for name, x in self.load(shift, path, dtype, "meta").state_dict().items():
                 yield name, meter.empty(*x.shape, dtype=x.dtype)
 

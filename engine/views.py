@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from adapter import adapted, adapters, layers
 from config import Config, Refusal
 from engine import ranks
-from nets.quantised import KINDS, load_quantised, read_scales
+from nets.quantised import KINDS, load_quantised
 from teachers import Teacher
 
 Roles = tuple[nn.Module, nn.Module, nn.Module, nn.Module]
@@ -60,12 +60,11 @@ def load_base(
 ) -> nn.Module:
     """With --base-dtype, linear layers of the blocks in 8 bits, one after the other."""
     if cfg.base_dtype == "bf16":
-        return family.load(cfg.shift, path, dtype, device)
+        return family.load(cfg.shift, path, dtype, device, cfg.merge)
     net = family.load(cfg.shift, path, dtype, torch.device("meta"))
     chosen = {name for name, m in layers(net).items() if isinstance(m, nn.Linear)}
-    tensors = family.read(cfg.shift, path, None, device)
-    scales = read_scales(path, family.prefix())
-    return load_quantised(net, chosen, KINDS[cfg.base_dtype], tensors, scales, dtype)
+    tensors = family.read(cfg.shift, path, None, device, cfg.merge)
+    return load_quantised(net, chosen, KINDS[cfg.base_dtype], tensors, dtype)
 
 
 def view_of(base: nn.Module, cfg: Config, family: Teacher) -> nn.Module:

@@ -40,6 +40,7 @@ from measure.distances import (
 )
 from nets.clip import CLIPConfig
 from nets.files import SHARED, Files, find_files
+from nets.pickles import first_line, safetensors_of
 from nets.vision import (
     CLIP_OPEN_TEXT,
     CLIP_VIT_GIANT,
@@ -53,7 +54,7 @@ from nets.vision import (
     load_clip_vision,
     load_vit,
 )
-from nets.weights import first_line, places, read_tensors, safetensors_of
+from nets.weights import places, read_tensors
 
 # Its table of positions stretched as in the code that its features are published with.
 DINOV2 = replace(DINOV2_LARGE, positions="facebook", hooks=(), recompute=False)

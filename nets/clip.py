@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nets.layers import attention, per_head
-from nets.weights import assign, read_weights
+from nets.names import Other
+from nets.weights import assign, files_of, load_weights, places, read_weights
 
 CLIP_LENGTH = 77  # tokens, with the two special ones
 
@@ -217,6 +218,21 @@ def from_open_clip(
     return renamed
 
 
+def load_clip(
+    net: nn.Module,
+    path: Path | Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prefix: str = "",
+    ignore: Collection[str] = (),
+    **more,
+) -> nn.Module:
+    """`load_weights`, also under the names of transformers before 4.0: without `text_model.`."""
+    if f"{prefix}embeddings.token_embedding.weight" in places(files_of(path), prefix):
+        more["stored"] = lambda name: Other((name.removeprefix("text_model."),))
+    return load_weights(net, path, dtype, device, prefix, ignore, **more)
+
+
 def load_open_clip(
     net: nn.Module,
     path: Path | Sequence[Path],
@@ -225,11 +241,13 @@ def load_open_clip(
     prefix: str = "",
     ignore: Collection[str] = (),
     tower: OpenClip = TEXT_TOWER,
+    eight_bits: bool = False,
 ) -> nn.Module:
     """`load_weights` for a file with open_clip's names, as strict."""
     depth = net.cfg.depth
     wanted = to_open_clip({k: v.to("meta") for k, v in net.state_dict().items()}, depth, tower)
-    tensors = read_weights(wanted, path, dtype, device, prefix, ignore)
+    how = {"eight_bits": eight_bits}
+    tensors = read_weights(wanted, path, dtype, device, prefix, ignore, **how)
     for name, tensor in from_open_clip(tensors, depth, tower).items():
         assign(net, name, tensor)
     return net

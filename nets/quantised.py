@@ -3,20 +3,19 @@
     quantised        W (out, in) -> bytes and scales (out, 1) in fp32; int8, or float8_e4m3fn
     Quantised        a linear layer with such a weight, which computes in the dtype of what comes
     load_quantised   some layers so, the rest as it is, from tensors that come one by one
-    read_scales      of a file whose weights are in 8 bits already (ComfyUI's)
 
 The bytes are exact in bf16, so the product is taken with them and its columns are scaled: nothing
 is rounded twice, and only one layer at a time is there in 16 bits.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nets.weights import SCALES, assign, open_weights
+from nets.strict import SCALES
+from nets.weights import assign
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # as --base-dtype names them
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -67,38 +66,30 @@ def load_quantised(
     chosen: Collection[str],
     kind: torch.dtype,
     tensors: Iterable[tuple[str, Tensor]],
-    scales: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> nn.Module:
-    """net: on the meta device; chosen: its layers in 8 bits, by name; tensors: as stored.
+    """net: on the meta device; chosen: its layers in 8 bits, by name; tensors: as stored, a scale
+    before the weight that it belongs to, see `each_weight`.
 
-    A weight that is stored in `kind` is taken as it is, with its scale of `scales` (else 1).
+    A weight that is stored in `kind` is taken as it is, with its scale (else 1).
     """
+    scale = None
     for name in chosen:
         net.set_submodule(name, Quantised(net.get_submodule(name), kind))
     for name, tensor in tensors:
-        owner = name.removesuffix(".weight")
-        scale = scales.get(owner, torch.ones(1)).float().to(tensor.device).reshape(-1, 1)
-        if not name.endswith(".weight") or owner not in chosen:
-            wide = tensor.float() * scale if owner != name and owner in scales else tensor
-            assign(net, name, wide.to(dtype))
+        if name.endswith(SCALES):
+            scale = tensor
+            continue
+        owner, mine = name.removesuffix(".weight"), torch.ones(1) if scale is None else scale
+        mine, scale = mine.to(tensor.device), None
+        if owner not in chosen or owner == name:
+            assign(net, name, (tensor.float() * mine).to(dtype))
             continue
         if tensor.dtype == kind:
-            scale = scale.expand(len(tensor), 1).contiguous()
+            mine = mine.reshape(-1, 1).expand(len(tensor), 1).contiguous()
         else:
-            tensor, scale = quantised(tensor, kind)
+            tensor, mine = quantised(tensor.float() * mine, kind)
         module = net.get_submodule(owner)
         module.weight = nn.Parameter(tensor, requires_grad=False)
-        module.scale = scale
+        module.scale = mine
     return net
-
-
-def read_scales(paths: Sequence[Path], prefix: str) -> dict[str, Tensor]:
-    """By layer; of most files none."""
-    found = {}
-    for path in paths:
-        with open_weights(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.startswith(prefix) and name.endswith(SCALES[0]):
-                    found[name.removeprefix(prefix).removesuffix(SCALES[0])] = file.get_tensor(name)
-    return found

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nets.layers import attention
+from nets.names import Other
 from nets.weights import assign, load_weights, places, stored_weights
 
 
@@ -291,6 +292,7 @@ def load_vae(
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
+    eight_bits: bool = False,
 ) -> VAE:
     """`load_weights` from a file under any of three sets of names, told by the file's own.
 
@@ -300,7 +302,7 @@ def load_vae(
     if not any(".mid_block." in name for name in found):
         inside = f"{prefix}encoder.quant_conv.weight" in found
         table = FLUX2_NAMES if inside else ()
-        how = {"stored": lambda name: (renamed(name, table),)}
+        how = {"stored": lambda name: Other((renamed(name, table),)), "eight_bits": eight_bits}
         return load_weights(net, path, dtype, device, prefix, ignore, **how)
     state = net.state_dict()
     names = {to_diffusers(name, len(net.cfg.multipliers)): name for name in state}
@@ -310,7 +312,8 @@ def load_vae(
         else state[ours]
         for theirs, ours in names.items()
     }
-    read = dict(stored_weights(wanted, path, dtype, device, prefix, ignore))
+    how = {"eight_bits": eight_bits}
+    read = dict(stored_weights(wanted, path, dtype, device, prefix, ignore, **how))
     for theirs, tensor in read.items():
         assign(net, names[theirs], tensor.reshape(state[names[theirs]].shape))
     return net

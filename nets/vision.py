@@ -29,6 +29,7 @@ from nets.clip import (
     quick_gelu,
 )
 from nets.layers import attention, send
+from nets.names import Other
 from nets.text import clip_tokenizer, token_ids
 from nets.weights import load_weights, places
 
@@ -244,7 +245,7 @@ def load_vit(
         vit = ViT(cfg)
     layout = {}
     if "embeddings.cls_token" in places([path], ""):
-        layout = {"stored": hf_names, "ignore": (HF_MASK,)}
+        layout = {"stored": lambda name: Other(hf_names(name)), "ignore": (HF_MASK,)}
     return load_weights(vit, path, dtype, device, **layout).requires_grad_(False).eval()
 
 

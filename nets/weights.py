@@ -1,12 +1,12 @@
 """Weights in, weights out: safetensors only, strict, one tensor at a time.
 
 load_weights    into a network built on any device, "meta" included; one file, or the shards of one
+each_weight     the tensors of a network from its file, one at a time; for whoever deals them out
 save_weights    written beside the target and renamed, so a reader never sees half a file
 stream_weights  the same from tensors that come one at a time
-each_weight     the tensors of a network from its file, one at a time; for whoever deals them out
 merge_weights   the same into a copy of a file that holds other networks too
-safetensors_of   the copy of a file that torch.save wrote
-read_metadata, digest
+digest          whether weights are the same as before
+read_metadata
 
 A load is all or nothing: names and shapes are compared first, then every tensor is read, cast and
 looked at, and only then is the first one assigned. With the network on the meta device that takes
@@ -16,7 +16,6 @@ the memory of the network and of one more tensor.
 import hashlib
 import json
 import os
-import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
@@ -24,69 +23,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import Refusal
+from nets.names import Other
+from nets.strict import NO_SCALES, SCALES, compare_forms, compare_names, open_weights
 
 MAPPED = 2**23  # bytes read through one mapping
+AVERAGES = "model_ema.diffusion_model"  # of a denoiser's weights, in files that were trained on
 SAMPLE = 2**12  # bytes of a tensor, at each of three places, that tell its file from another
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # as flags name them
-EIGHT_BITS = "F8_E4M3"  # what people store large networks in; beside it, scales
-SCALES = (".scale_weight", ".scale_input", "scaled_fp8")
-IN_8_BITS = "fetch the original file, or train adapters on this: --adapter RANK --base-dtype fp8"
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-def open_weights(path: Path):
-    """A memory-mapped safetensors file. Raises ValueError or FileNotFoundError in one line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch it, or correct the path")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise Refusal(
-            f"{path} is damaged or no safetensors file; fetch it again ({error})"
-        ) from None
-
-
-# What torch.load raises for a damaged file, and what follows from one of something else.
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError)
-UNREADABLE += (AttributeError, TypeError)
-
-
-def safetensors_of(path: Path) -> Path:
-    """A file that torch.save wrote (.pt, .pth, .bin) -> its copy beside it, NAME.safetensors.
-
-    The copy is made once, and again if the file is newer. Tensors alone are read: what else a file
-    can hold is code, which would run. A dict of tensors, or one under "state_dict". ValueError.
-    """
-    if path.suffix not in (".pt", ".pth", ".bin") or not path.is_file():
-        return path
-    copy = path.with_name(path.name + ".safetensors")
-    if copy.is_file() and copy.stat().st_mtime >= path.stat().st_mtime:
-        return copy
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    except UNREADABLE as error:
-        reason = first_line(error)
-        raise Refusal(f"{path} is damaged, or no dict of tensors ({reason})") from None
-    try:
-        write(tensors, copy, {})
-    except (SafetensorError, TypeError) as error:
-        raise Refusal(f"{copy} cannot be written ({first_line(error)})") from None
-    return copy
-
-
-def first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
 
 
 def shards(path: Path) -> list[Path]:
@@ -125,57 +76,19 @@ def places(paths: Sequence[Path], prefix: str) -> dict[str, Path]:
     return found
 
 
-def has_eight_bits(paths: Sequence[Path]) -> bool:
-    """Whether a weight of these files is stored so."""
-    for path in paths:
-        with open_weights(path) as file:
-            names = file.keys()
-            if any(file.get_slice(name).get_dtype() == EIGHT_BITS for name in names):
-                return True
-    return False
-
-
-def compare_names(wanted: Collection[str], found: Collection[str], path: Path) -> None:
-    """Every name wanted is found, and no other."""
-    missing = sorted(set(wanted) - set(found))
-    unexpected = sorted(set(found) - set(wanted))
-    if missing or unexpected:
-        raise Refusal(
-            f"{path} holds another network: "
-            f"{len(missing)} names missing ({', '.join(missing[:5])}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:5])}); give the file of this one"
-        )
-
-
-def compare_forms(wanted: Mapping[str, Tensor], path: Path, eight_bits: bool = False) -> None:
-    """Each tensor of the file has the shape wanted, and floating-point numbers of 16 bits or more.
-
-    eight_bits: or of 8.
-    """
-    allowed = (*FLOATS, EIGHT_BITS) if eight_bits else FLOATS
-    with open_weights(path) as file:
-        for name, tensor in wanted.items():
-            stored = file.get_slice(name)
-            if stored.get_shape() != list(tensor.shape):
-                raise Refusal(
-                    f"{path}: {name} has shape {stored.get_shape()}, "
-                    f"the network wants {list(tensor.shape)}; give the file of this network"
-                )
-            if stored.get_dtype() not in allowed:
-                remedy = f"fetch the original file, which has {', '.join(FLOATS)}"
-                raise Refusal(
-                    f"{path}: {name} is stored as {stored.get_dtype()}, a quantised or foreign "
-                    f"copy; {IN_8_BITS if stored.get_dtype() == EIGHT_BITS else remedy}"
-                )
-
-
 def each_tensor(
-    names: Collection[str], path: Path, dtype: torch.dtype | None, device: torch.device | str
+    names: Collection[str],
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    wide: Collection[str] = (),
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one file by name, cast to `dtype` (None: as stored), finite.
 
-    Through many mappings: the pages of a mapping count as memory until it is closed. And copied, so
-    that no tensor depends on a file that may be replaced.
+    wide: those that are cast to fp32 instead. scales: of those in 8 bits, unless as stored. Through
+    many mappings: the pages of a mapping count as memory until it is closed. And copied, so that no
+    tensor depends on a file that may be replaced.
     """
     waiting = list(reversed(names))
     while waiting:
@@ -185,7 +98,10 @@ def each_tensor(
                 name = waiting.pop()
                 stored = file.get_tensor(name)
                 read += stored.nbytes
-                tensor = stored.to(device, dtype or stored.dtype, copy=True)
+                kind = torch.float32 if name in wide else dtype
+                tensor = stored.to(device, kind or stored.dtype, copy=True)
+                if kind and scales and name in scales:  # 8 bits are exact in 16: rounded once
+                    tensor = (tensor.float() * scales[name].to(device)).to(kind)
                 check_finite(tensor, name, path)
                 yield name, tensor
 
@@ -196,8 +112,29 @@ def read_tensors(
     return dict(each_tensor(names, path, dtype, device))
 
 
+def read_scales(wanted: Mapping[str, Tensor], found: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Of weights in 8 bits, by their names: one number, or one for each row. found: see `places`.
+
+    Of most files none.
+    """
+    scales = {}
+    for name, path in found.items():
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if not name.endswith(SCALES) or weight not in wanted:
+            continue
+        with open_weights(path) as file:
+            scale, shape = file.get_tensor(name).float(), wanted[weight].shape
+        if scale.shape not in {(), (1,), (1, 1), (shape[0],), (shape[0], 1)}:
+            raise Refusal(
+                f"{path}: {name} has shape {[*scale.shape]}, of scales by blocks; "
+                "fetch the original file"
+            )
+        scales[weight] = scale.reshape(-1, *[1] * (len(shape) - 1))
+    return scales
+
+
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    if tensor.dtype == torch.float8_e4m3fn:  # has no such function
+    if tensor.dtype.itemsize == 1:  # has no such function
         tensor = tensor.bfloat16()
     low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
     if not low.isfinite() & high.isfinite():
@@ -214,48 +151,54 @@ def stored_weights(
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
+    wide: Collection[str] = (),
+    eight_bits: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors in the order of `wanted`, whose names and shapes they must have, cast to
-    `dtype`; None: as stored, be it in 8 bits, and scales of those are not looked at.
+    `dtype`; None: as stored. wide: names of those that are cast to fp32 instead.
 
     path: see `files_of`. prefix: what precedes this network's names in a file that holds several
     networks; the others are not looked at. ignore: whole names, prefix included, of what is in the
-    file and no weight. Raises ValueError or FileNotFoundError.
+    file and no weight. eight_bits: weights may be stored so, with scales or without. Raises
+    ValueError or FileNotFoundError.
     """
     paths = files_of(path)
     wanted = {prefix + name: tensor for name, tensor in wanted.items()}
     found = places(paths, prefix)
-    scales = {name for name in found if name.endswith(SCALES)}
-    if scales and dtype is not None:
-        raise Refusal(f"{paths[0]} has weights in 8 bits, {min(scales)} among them; {IN_8_BITS}")
+    scales = {name for name in found if name.endswith(SCALES + NO_SCALES)} if eight_bits else set()
     compare_names(wanted, found.keys() - set(ignore) - scales, paths[0])
     for file in paths:
         forms = {name: wanted[name] for name in wanted if found[name] == file}
-        compare_forms(forms, file, eight_bits=dtype is None)
+        compare_forms(forms, file, eight_bits)
+    how = (dtype, device, {prefix + name for name in wide}, read_scales(wanted, found))
     for file, names in groupby(wanted, found.get):
-        for name, tensor in each_tensor(list(names), file, dtype, device):
+        for name, tensor in each_tensor(list(names), file, *how):
             yield name.removeprefix(prefix), tensor
 
 
-def read_weights(
-    wanted: Mapping[str, Tensor],
-    path: Path | Sequence[Path],
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str = "cpu",
-    prefix: str = "",
-    ignore: Collection[str] = (),
-) -> dict[str, Tensor]:
+def read_weights(wanted: Mapping[str, Tensor], *how, **more) -> dict[str, Tensor]:
     """All of `stored_weights`."""
-    return dict(stored_weights(wanted, path, dtype, device, prefix, ignore))
+    return dict(stored_weights(wanted, *how, **more))
 
 
-def as_named(name: str) -> tuple[str, ...]:
-    return (name,)
+def as_named(name: str) -> Other:
+    return Other((name,))
 
 
-def share(shape: Sequence[int], count: int, of: int = 1) -> Sequence[int]:
-    """The shape of one of `count` tensors whose rows are those of `of` tensors of `shape`."""
-    return shape if count == of else (shape[0] * of // count, *shape[1:])
+def shapes_there(
+    state: Mapping[str, Tensor], parts: Mapping[str, Other], owners: Mapping[str, int]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """What the file must have, as forms by its names; and which of ours are one of those alone."""
+    wanted, alone = {}, set()
+    for name, x in state.items():
+        other = parts[name]
+        if len(other.names) == owners[other.names[0]] == 1:
+            wanted[other.names[0]] = x
+            alone |= set() if other.swapped else {name}
+            continue
+        for part, rows in zip(other.names, other.rows(len(x)), strict=True):
+            wanted[part] = torch.empty(rows * owners[part], *x.shape[1:], device="meta")
+    return wanted, alone
 
 
 def each_weight(
@@ -265,27 +208,38 @@ def each_weight(
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
-    stored: Callable[[str], tuple[str, ...]] = as_named,
+    stored: Callable[[str], Other] = as_named,
+    wide: Collection[str] = (),
+    eight_bits: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The network's tensors by name, in its own order, cast to `dtype`; see `stored_weights`.
 
-    stored: from a name of the network to the file's; of several, each holds an equal share of the
-    rows. Where it gives neighbours one name, each of them is an equal share of that tensor's rows.
+    stored: where a tensor of the network is in the file. Where neighbours are in one, each of them
+    is an equal share of its rows. wide: names of tensors that come in fp32 instead. dtype None: as
+    stored, the scale of a layer before its weight (NAME.scale_weight); what is put together of
+    several, in fp32.
     """
     state = net.state_dict()
     parts = {name: stored(name) for name in state}
-    owners = Counter(part for names in parts.values() for part in names)
-    assert len([*groupby(parts.values())]) == len(set(parts.values())), "only neighbours share"
-    wanted = {
-        part: torch.empty(share(state[name].shape, len(names), owners[part]), device="meta")
-        for name, names in parts.items()
-        for part in names
-    }
-    tensors = stored_weights(wanted, path, dtype, device, prefix, ignore)
-    for names, ours in groupby(state, parts.get):
+    owners = Counter(part for other in parts.values() for part in other.names)
+    together = [(names, [*ours]) for names, ours in groupby(state, lambda name: parts[name].names)]
+    assert len(together) == len({names for names, _ in together}), "only neighbours share"
+    wanted, alone = shapes_there(state, parts, owners)
+    if dtype is None:
+        wide = state.keys() - {name for name in alone if name not in wide}
+    widened = {part for name in wide for part in parts[name].names}
+    scales = {}
+    if dtype is None:
+        raw = {prefix + parts[name].names[0]: state[name] for name in alone - wide}
+        scales = read_scales(raw, places(files_of(path), prefix))
+    tensors = stored_weights(wanted, path, dtype, device, prefix, ignore, widened, eight_bits)
+    for names, ours in together:
         pieces = [tensor for _, tensor in islice(tensors, len(names))]
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        ours = list(ours)
+        if parts[ours[0]].swapped:
+            whole = torch.cat(whole.chunk(2)[::-1])
+        if prefix + names[0] in scales:
+            yield ours[0].removesuffix(".weight") + SCALES[0], scales[prefix + names[0]]
         if len(ours) == 1:
             yield ours[0], whole
             continue
@@ -300,10 +254,12 @@ def load_weights(
     device: torch.device | str = "cpu",
     prefix: str = "",
     ignore: Collection[str] = (),
-    stored: Callable[[str], tuple[str, ...]] = as_named,
+    stored: Callable[[str], Other] = as_named,
+    eight_bits: bool = False,
 ) -> nn.Module:
     """Assigns each tensor of the file, all or none; see `each_weight`."""
-    read = list(each_weight(net, path, dtype, device, prefix, ignore, stored))
+    how = {"stored": stored, "eight_bits": eight_bits}
+    read = list(each_weight(net, path, dtype, device, prefix, ignore, **how))
     for name, tensor in read:
         assign(net, name, tensor)
     return net
@@ -380,17 +336,23 @@ def merge_weights(
     base: Sequence[Path],
     metadata: dict[str, str],
     prefix: str,
+    ignore: Collection[str] = (),
 ) -> None:
     """A copy of the file `base`, in however many shards, with the network under `prefix` replaced.
 
     state: by name, its tensors. Each keeps the dtype it has in `base`, so names, dtypes, shapes and
-    order are those of `base`.
+    order are those of `base`; but 8 bits become 16, without their scales, and averages of the
+    weights that were there are left out. ignore: as in `stored_weights`.
     """
-    tensors = {}
+    tensors, ours = {}, []
     for part in base:
         with open_weights(part) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    theirs, ours = [name for name in tensors if name.startswith(prefix)], []
+            names = set(file.keys())
+            kept = [name for name in names if not name.startswith(AVERAGES)]
+            tensors |= {name: file.get_tensor(name) for name in kept}
+    theirs = [name for name in tensors if name.startswith(prefix)]
+    for name in [name for name in theirs if name.endswith(SCALES + NO_SCALES)]:
+        tensors.pop(name), theirs.remove(name)
     for name, tensor in ((prefix + name, x) for name, x in state):
         ours.append(name)
         stored = tensors.get(name, tensor)
@@ -399,8 +361,9 @@ def merge_weights(
                 f"{base[0]}: {name} has shape {[*stored.shape]}, the network wants "
                 f"{[*tensor.shape]}; give the file of this network"
             )
-        tensors[name] = tensor.detach().to("cpu", stored.dtype).contiguous()
-    compare_names(ours, theirs, base[0])
+        dtype = torch.bfloat16 if stored.dtype.itemsize == 1 else stored.dtype
+        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+    compare_names(ours, {*theirs} - {*ignore}, base[0])
     write(tensors, path, metadata)
 
 

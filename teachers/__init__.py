@@ -20,14 +20,16 @@ import copy
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import Config, Refusal, near, resolve
 from nets.files import SHARED, Files, Part, find_files
+from nets.names import Known
+from teachers.sizes import Networks, scaled_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -36,23 +38,6 @@ if TYPE_CHECKING:
     from nets.names import Other
 
     Cond = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The sizes of a teacher's networks, as their modules take them.
-
-    A denoiser's have `channels` of the latents and `patch`.
-    """
-
-    denoiser: object
-    vae: object = None  # None: the latents are the pixels
-    clip_l: object = None
-    clip_g: object = None
-    t5: object = None
-    llm: object = None  # a language model that reads captions
-    backbone: object = None  # of the discriminator; None: DINOv2 ViT-L/14
-    reader: object = None  # of captions, for the discriminator; None: CLIP ViT-L/14
 
 
 class Teacher:
@@ -100,13 +85,17 @@ class Teacher:
         text: bool = True,
         t5: bool = True,
         disc: bool = False,
+        base: str = "",
     ) -> Files:
         """Every file that will be wanted, found before anything is loaded; every command asks.
 
         weights: a folder; "": the preset's, else the hub's cache, else downloaded. denoiser: not,
         where a student's file is given; text: not, where a cache is; t5: the optional parts; disc:
-        the discriminator's frozen networks too. FileNotFoundError, PermissionError or ValueError.
+        the discriminator's frozen networks too. base: a fine-tune in place of the denoiser, and of
+        what else is in its file; see bases.py. FileNotFoundError, PermissionError or ValueError.
         """
+        from teachers.bases import from_base
+
         weights = weights or self.preset.weights
         if not t5 and not self.optional:
             raise Refusal(f"--no-t5: only SD 3.5 does without T5, {self.name} does not")
@@ -122,7 +111,9 @@ class Teacher:
         if not text:
             kept = ("denoiser", "vae", "backbone", "dinov2")
             wanted = {name: part for name, part in wanted.items() if name in kept}
-        return find_files(wanted, Path(weights) if weights else None)
+        given = from_base(base, wanted) if base else {}
+        wanted = {name: part for name, part in wanted.items() if name not in given}
+        return given | find_files(wanted, Path(weights) if weights else None)
 
     def shared(self) -> dict[str, Part]:
         """What the discriminator sees and reads with, where the teacher does not bring it."""
@@ -169,46 +160,69 @@ class Teacher:
         """diffusers' names for the layers of the denoiser, a table; see nets/names.py."""
         return {}
 
+    def layouts(self) -> dict[str, dict[str, str | Other]]:
+        """The sets of names under which files of the denoiser are read, by whose they are."""
+        others = {"diffusers'": self.other_names()} if self.other_names() else {}
+        return {"its makers'": {}} | others
+
     def load(
         self,
         shift: float,
         path: Path | list[Path],
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        merge: Sequence[str] = (),
     ) -> nn.Module:
         """The denoiser from the teacher's file or a student's, in fp32 or `dtype`.
 
-        device: "meta" for the form alone; no file is read then.
+        device: "meta" for the form alone; no file is read then. merge: LoRA files that are added to
+        the weights, FILE or FILE:SCALE.
         """
         import torch
 
-        from nets.weights import load_weights
+        from nets.weights import assign
 
         with torch.device("meta"):
             net = self.build(shift)
         dtype = dtype or torch.float32
         if torch.device(device).type == "meta":
             return net.to(dtype)
-        return load_weights(net, path, dtype, device, **self.layout(path))
+        for name, tensor in list(self.tensors_of(net, path, dtype, device, merge)):
+            assign(net, name, tensor)
+        return net
 
     def read(
-        self, shift: float, path: Path | list[Path], dtype: torch.dtype | None, device: torch.device
+        self,
+        shift: float,
+        path: Path | list[Path],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        merge: Sequence[str] = (),
     ) -> Iterator[tuple[str, Tensor]]:
         """What `load` would assign, by name, one tensor at a time in the order of the network's
         `state_dict`: so that no rank holds all of a network that ranks share. dtype None: as it is
         stored, be it in 8 bits.
         """
-        import torch
+        net = self.load(shift, path, dtype, "meta")
+        return self.tensors_of(net, path, dtype, device, merge)
 
-        from nets.weights import each_weight
+    def tensors_of(self, net: nn.Module, path, dtype, device, merge) -> Iterator:
+        """The same for a network that is there."""
+        from teachers.bases import weights_of
+        from teachers.merging import read_merged
 
-        net = self.load(shift, path, dtype, torch.device("meta"))
-        return each_weight(net, path, dtype, device, **self.layout(path))
+        added = read_merged(merge, self.known(), net)
+        return weights_of(net, path, dtype, device, added, self.layout(path, net))
 
-    def layout(self, path: Path | list[Path]) -> dict:
-        """How this file of the denoiser, official or not, names its tensors: `prefix`, `ignore`
-        and `stored` of `load_weights`, as far as they are needed."""
-        return {"prefix": self.prefix()}
+    def layout(self, path: Path | list[Path], net: nn.Module) -> dict:
+        """How this file of the denoiser, whose form `net` is, names its tensors; see bases.py."""
+        from teachers.bases import layout_of
+
+        return layout_of(self.known(), path, net)
+
+    def known(self) -> Known:
+        """What of this all is for who reads files."""
+        return Known(self.name, self.prefix(), self.layouts(), self.not_weights)
 
     # --- what stands around it -------------------------------------------------------------------
 
@@ -241,12 +255,16 @@ class Teacher:
         import torch
 
         from nets.weights import load_weights
+        from teachers.bases import part_prefix
 
         with torch.device("meta"):
             net = build()
         dtype, device = how or (torch.float32, "cpu")
-        ignore = getattr(net, "duplicates", ()) or self.not_weights
-        (load or load_weights)(net, files[part], dtype, device, self.prefix(part), ignore)
+        ignore, paths = getattr(net, "duplicates", ()) or self.not_weights, files[part]
+        prefix = part_prefix(part, paths, self.prefix(part))
+        ignore = {*ignore, *(prefix + name for name in ignore)}
+        how = {"eight_bits": True} if paths == files.get("denoiser") else {}
+        (load or load_weights)(net, paths, dtype, device, prefix, ignore, **how)
         return net.requires_grad_(False).eval()
 
     def backbone(self):
@@ -399,26 +417,6 @@ class Teacher:
         """By measure: images (B, 3, H, W) in [0, 1] -> features (B, D), in place of DINOv2, CLIP
         and the files they take; None: those. evaluate.py asks."""
         return None
-
-
-def scaled_heads(cfg, scale: float) -> dict[str, int]:
-    """Heads and width of a transformer, its heads as wide as before."""
-    count = max(1, round(scale * cfg.heads))
-    return {"heads": count, "width": count * cfg.width // cfg.heads}
-
-
-def scaled_groups(cfg, scale: float) -> dict[str, int]:
-    """Width of a convolutional network, in whole groups."""
-    return {"width": max(1, round(scale * cfg.width / cfg.groups)) * cfg.groups}
-
-
-def scaled_sizes(cfg, scale: float, depth: int = 0):
-    """Sizes with a width in whole heads or groups; those that name neither stay as they are."""
-    named = {field.name for field in fields(cfg)}
-    deep = {"depth": depth} if depth and "depth" in named else {}
-    if "heads" in named:
-        return replace(cfg, **scaled_heads(cfg, scale), **deep)
-    return replace(cfg, **(scaled_groups(cfg, scale) if "groups" in named else {}), **deep)
 
 
 # --- by name -------------------------------------------------------------------------------------

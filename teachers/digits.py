@@ -48,11 +48,12 @@ class Digits(Teacher):
         text: bool = True,
         t5: bool = True,
         disc: bool = False,
+        base: str = "",
     ) -> Files:
-        return {
-            "denoiser": [ASSETS / "teacher.safetensors"],
-            "backbone": [ASSETS / "backbone.safetensors"],
-        }
+        from teachers.bases import base_files
+
+        denoiser = base_files(base) if base else [ASSETS / "teacher.safetensors"]
+        return {"denoiser": denoiser, "backbone": [ASSETS / "backbone.safetensors"]}
 
     def full_size(self) -> Networks:
         from digits.words import SceneText

@@ -9,7 +9,8 @@ from dataclasses import replace
 from config import Config
 from nets.files import Files, Part
 from nets.names import Other
-from teachers import Networks, Teacher, scaled_heads
+from teachers import Networks, Teacher
+from teachers.sizes import scaled_heads
 
 DEV = Config(
     teacher="flux-dev",

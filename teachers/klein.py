@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from config import Config
 from nets.files import Files, Part
-from teachers import Networks, Teacher, scaled_heads
+from nets.names import Other
+from teachers import Networks, Teacher
+from teachers.sizes import scaled_heads
 
 TAPS = (9, 18, 27)  # layers of Qwen3 after which its states are read
 
@@ -55,6 +57,44 @@ def mean_shift(tokens: int, steps: int) -> float:
         return long
     short = 8.73809524e-5 * tokens + 1.89833333
     return long + (short - long) * (200 - steps) / 190
+
+
+def stream(name: str, qkv: tuple[str, ...], out: str, norm: str, mlp: str) -> dict:
+    """A stream of the double blocks."""
+    ours, theirs = f"double_blocks.*.{name}_", "transformer_blocks.*."
+    return {
+        f"{ours}attn.qkv": Other(tuple(f"{theirs}attn.{x}" for x in qkv)),
+        f"{ours}attn.proj": f"{theirs}attn.{out}",
+        f"{ours}attn.norm.query_norm": f"{theirs}attn.{norm}q",
+        f"{ours}attn.norm.key_norm": f"{theirs}attn.{norm}k",
+        f"{ours}mlp.0": f"{theirs}{mlp}.linear_in",
+        f"{ours}mlp.2": f"{theirs}{mlp}.linear_out",
+    }
+
+
+TIME, SINGLE = "time_guidance_embed.timestep_embedder", "single_transformer_blocks.*.attn"
+QKV = ("to_q", "to_k", "to_v")
+ADDED = tuple(f"add_{x}_proj" for x in "qkv")
+MODULATIONS = (
+    "double_stream_modulation_img",
+    "double_stream_modulation_txt",
+    "single_stream_modulation",
+)
+DIFFUSERS = {  # names of modules
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": f"{TIME}.linear_1",
+    "time_in.out_layer": f"{TIME}.linear_2",
+    **{f"{name}.lin": f"{name}.linear" for name in MODULATIONS},
+    **stream("img", QKV, "to_out.0", "norm_", "ff"),
+    **stream("txt", ADDED, "to_add_out", "norm_added_", "ff_context"),
+    "single_blocks.*.linear1": f"{SINGLE}.to_qkv_mlp_proj",
+    "single_blocks.*.linear2": f"{SINGLE}.to_out",
+    "single_blocks.*.norm.query_norm": f"{SINGLE}.norm_q",
+    "single_blocks.*.norm.key_norm": f"{SINGLE}.norm_k",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": Other(("norm_out.linear",), swapped=True),
+}
 
 
 class Klein(Teacher):
@@ -107,6 +147,9 @@ class Klein(Teacher):
 
         return Flux2(self.sizes.denoiser, Flow(shift))
 
+    def other_names(self) -> dict:
+        return DIFFUSERS
+
     def load_vae(self, files: Files, *how):
         from nets.vae import load_vae
 
@@ -156,42 +199,6 @@ class Klein9B(Klein):
         denoiser = Flux2Config(width=4096, heads=32, double=8, single=24, context_width=3 * 4096)
         return Networks(denoiser, VAES["flux2"], llm=replace(QWEN3_8B, taps=TAPS))
 
-
-# --- diffusers' names ----------------------------------------------------------------------------
-
-ATTENTION = "transformer_blocks.{i}.attn."
-SINGLE = "single_transformer_blocks.{i}.attn."
-TIME = "time_guidance_embed.timestep_embedder."
-# The makers' names -> those of diffusers' transformer/; of several, the rows one after another.
-DIFFUSERS = {
-    "img_in.": ("x_embedder.",),
-    "txt_in.": ("context_embedder.",),
-    "time_in.in_layer.": (f"{TIME}linear_1.",),
-    "time_in.out_layer.": (f"{TIME}linear_2.",),
-    "double_stream_modulation_img.lin.": ("double_stream_modulation_img.linear.",),
-    "double_stream_modulation_txt.lin.": ("double_stream_modulation_txt.linear.",),
-    "single_stream_modulation.lin.": ("single_stream_modulation.linear.",),
-    "double_blocks.{i}.img_attn.qkv.": tuple(f"{ATTENTION}to_{x}." for x in "qkv"),
-    "double_blocks.{i}.txt_attn.qkv.": tuple(f"{ATTENTION}add_{x}_proj." for x in "qkv"),
-    "double_blocks.{i}.img_attn.proj.": (f"{ATTENTION}to_out.0.",),
-    "double_blocks.{i}.txt_attn.proj.": (f"{ATTENTION}to_add_out.",),
-    "double_blocks.{i}.img_attn.norm.query_norm.scale": (f"{ATTENTION}norm_q.weight",),
-    "double_blocks.{i}.img_attn.norm.key_norm.scale": (f"{ATTENTION}norm_k.weight",),
-    "double_blocks.{i}.txt_attn.norm.query_norm.scale": (f"{ATTENTION}norm_added_q.weight",),
-    "double_blocks.{i}.txt_attn.norm.key_norm.scale": (f"{ATTENTION}norm_added_k.weight",),
-    "double_blocks.{i}.img_mlp.0.": ("transformer_blocks.{i}.ff.linear_in.",),
-    "double_blocks.{i}.img_mlp.2.": ("transformer_blocks.{i}.ff.linear_out.",),
-    "double_blocks.{i}.txt_mlp.0.": ("transformer_blocks.{i}.ff_context.linear_in.",),
-    "double_blocks.{i}.txt_mlp.2.": ("transformer_blocks.{i}.ff_context.linear_out.",),
-    "single_blocks.{i}.linear1.": (f"{SINGLE}to_qkv_mlp_proj.",),
-    "single_blocks.{i}.linear2.": (f"{SINGLE}to_out.",),
-    "single_blocks.{i}.norm.query_norm.scale": (f"{SINGLE}norm_q.weight",),
-    "single_blocks.{i}.norm.key_norm.scale": (f"{SINGLE}norm_k.weight",),
-    "final_layer.linear.": ("proj_out.",),
-    "final_layer.adaLN_modulation.1.": ("norm_out.linear.",),
-}
-# Shift and scale here, scale and shift there: the halves of the rows change places.
-SWAPPED = ("final_layer.adaLN_modulation.1.",)
 
 TEACHERS = {
     "klein": Klein("klein", BASE, FEWER),

@@ -1,7 +1,7 @@
 """LoRA files: adapters under the names that other programs know, out and in again.
 
     lora_tensors   A and B of each layer -> a file's tensors, in one of three formats
-    read_lora      such a file -> A and B by layer
+    read_lora      such a file, or anybody's -> A and B by layer; see merging.py
     load_adapted   a student's LoRA on its teacher's file -> one ordinary network
 
     kohya       lora_unet_<our name, dots as underscores>.lora_down.weight, .lora_up.weight, .alpha
@@ -14,24 +14,24 @@ its own rows of B, which is exact. Knows the families' tables, no family.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from adapter import Pairs, layers, merged
+from adapter import Pairs, merged
 from config import LORA_FORMATS, Refusal
 from nets.names import renamed
-from nets.weights import assign, open_weights, read_metadata
+from nets.weights import assign, read_metadata
 from teachers import Teacher
+from teachers.merging import ALPHA, read_adapters, swap
 
 FORMATS = {  # what precedes a layer's name, and what follows for A and for B
     "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
     "comfyui": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
     "diffusers": ("transformer.", ".lora_A.weight", ".lora_B.weight"),
 }
-ALPHA = ".alpha"
 
 
 def format_of(family: Teacher, asked: str) -> str:
@@ -54,10 +54,6 @@ def stored_names(family: Teacher, kind: str, name: str, rows: int) -> list[tuple
     return [(*part, other.swapped) for part in zip(keys, other.rows(rows), strict=True)]
 
 
-def swap(up: Tensor, swapped: bool) -> Tensor:
-    return torch.cat(up.chunk(2)[::-1]) if swapped else up
-
-
 def lora_tensors(family: Teacher, kind: str, added: Pairs, net: nn.Module) -> dict[str, Tensor]:
     """added: A (rank, in) and B (out, rank) by layer; net: the base, for the shapes of kernels."""
     _, ends_a, ends_b = FORMATS[kind]
@@ -78,41 +74,7 @@ def lora_tensors(family: Teacher, kind: str, added: Pairs, net: nn.Module) -> di
 
 def read_lora(path: Path, family: Teacher, net: nn.Module) -> Pairs:
     """Of whichever format; every tensor of the file must belong to a layer of `net`. ValueError."""
-    with open_weights(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    first = next(iter(tensors), "")
-    kind = next((kind for kind, (start, *_) in FORMATS.items() if first.startswith(start)), None)
-    if kind is None or (kind == "diffusers" and not family.other_names()):
-        raise Refusal(f"{path} is no LoRA of {family.name}: its first name is {first}")
-    found: Pairs = {}
-    for name, layer in layers(net).items():
-        stored = stored_names(family, kind, name, len(layer.weight))
-        parts = [part for part in (take(tensors, kind, *entry) for entry in stored) if part]
-        if parts and len(parts) < len(stored):
-            raise Refusal(f"{path} adapts a part of {name} alone; give the whole LoRA")
-        if parts:
-            downs, ups = zip(*parts, strict=True)
-            found[name] = torch.cat(downs), torch.block_diag(*ups)
-            if len(found[name][1]) != len(layer.weight):
-                raise Refusal(f"{path} does not fit {name} of {family.name}; give its own LoRA")
-    if tensors:
-        raise Refusal(
-            f"{path} is no LoRA of {family.name}: nothing is called {next(iter(tensors))}"
-        )
-    return found
-
-
-def take(
-    tensors: dict[str, Tensor], kind: str, key: str, rows: int, swapped: bool
-) -> tuple[Tensor, Tensor] | None:
-    """A and B of one layer, in fp32, out of `tensors`; None: they are not there."""
-    _, ends_a, ends_b = FORMATS[kind]
-    if key + ends_a not in tensors or key + ends_b not in tensors:
-        return None
-    down, up = (tensors.pop(key + end).float().flatten(1) for end in (ends_a, ends_b))
-    alpha = tensors.pop(key + ALPHA, None)
-    scale = 1.0 if alpha is None else float(alpha) / len(down)
-    return down, scale * swap(up, swapped)
+    return read_adapters(path, family.known(), net)
 
 
 def load_adapted(
@@ -122,10 +84,11 @@ def load_adapted(
     dtype: torch.dtype,
     device: torch.device | str,
     scale: float = 1.0,
+    merge: Sequence[str] = (),
 ) -> nn.Module:
-    """scale: of what the LoRA adds; 0: the teacher."""
+    """scale: of what the LoRA adds; 0: the teacher. merge: into that, before."""
     about = read_metadata(path)
-    net = family.load(float(about["shift"]), base, dtype, device)
+    net = family.load(float(about["shift"]), base, dtype, device, merge)
     added, own = read_lora(path, family, net), family.own_weights(net, float(about["guidance"]))
     state: Mapping[str, Tensor] = net.state_dict()
     touched = ((f"{name}.weight", state[f"{name}.weight"]) for name in added)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from config import Config
 from nets.files import COMBINED, Files, Part
 from nets.names import Other
-from teachers import Networks, Teacher, scaled_heads
+from teachers import Networks, Teacher
+from teachers.sizes import scaled_heads
 
 LARGE = Config(
     teacher="sd35-large",
@@ -66,8 +67,9 @@ X, CONTEXT, THEIRS = (
     "joint_blocks.*.context_block.",
     "transformer_blocks",
 )
-DIFFUSERS = {  # names of modules; the position table is pos_embed.pos_embed
+DIFFUSERS = {  # names of modules, and of the position table
     "x_embedder.proj": "pos_embed.proj",
+    "pos_embed": "pos_embed.pos_embed",
     **{
         f"{ours}_embedder.mlp.{2 * (k - 1)}": f"time_text_embed.{theirs}_embedder.linear_{k}"
         for ours, theirs in (("t", "timestep"), ("y", "text"))

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from config import Config
 from nets.files import COMBINED, Files, Part
-from teachers import Networks, Teacher, scaled_groups
+from teachers import Networks, Teacher
+from teachers.sizes import scaled_groups
 
 SDXL_PRESET = Config(
     teacher="sdxl",
@@ -44,6 +45,58 @@ SD15_PRESET = Config(  # vanilla DMD2: no IDA, no ISG
 )
 
 
+def levels(cfg) -> dict[str, str]:
+    """Of what is at one resolution, the makers' names, which count through, -> diffusers'."""
+    each, last, found = cfg.blocks + 1, len(cfg.multipliers) - 1, {}
+    for down, depth in enumerate(cfg.depths):
+        up, first = last - down, down * each  # above, what is at the lowest comes first
+        for k in range(cfg.blocks):
+            found[f"input_blocks.{first + k + 1}.0"] = f"down_blocks.{down}.resnets.{k}"
+            found[f"input_blocks.{first + k + 1}.1"] = f"down_blocks.{down}.attentions.{k}"
+        found[f"input_blocks.{first + each}.0.op"] = f"down_blocks.{down}.downsamplers.0.conv"
+        for k in range(each):
+            found[f"output_blocks.{up * each + k}.0"] = f"up_blocks.{up}.resnets.{k}"
+            found[f"output_blocks.{up * each + k}.1"] = f"up_blocks.{up}.attentions.{k}"
+        grown = f"output_blocks.{up * each + cfg.blocks}.{2 if depth else 1}.conv"
+        found[grown] = f"up_blocks.{up}.upsamplers.0.conv"
+    return found
+
+
+def diffusers_names(cfg) -> dict[str, str]:
+    """Modules of the UNet, for its sizes; transformers are called alike inside."""
+    places = levels(cfg) | {
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+    }
+    blocks = {
+        f"{ours}.{part}": f"{theirs}.{name}"
+        for ours, theirs in places.items()
+        for part, name in RES_BLOCK.items()
+        if ".resnets." in theirs
+    }
+    return AROUND | places | blocks
+
+
+RES_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+AROUND = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
 class UNetTeacher(Teacher):
     """What the two share."""
 
@@ -53,6 +106,7 @@ class UNetTeacher(Teacher):
         "input_blocks.0.",
     )  # reads the latents; diffusers' conversion has no place for it
     encoders: dict[str, str] = {}  # prefix of each text encoder's names
+    architectures: tuple[str, ...] = ()  # what files of its kind call themselves
 
     def parts(self) -> dict[str, Part]:
         """UNet, autoencoder and text encoders in one file, tokenizers beside it."""
@@ -65,6 +119,16 @@ class UNetTeacher(Teacher):
             files = (f"{folder}/vocab.json", f"{folder}/merges.txt")
             parts[f"{name}_tokenizer"] = Part(self.repo, files, loose)
         return parts
+
+    def layouts(self) -> dict:
+        return {"its makers'": {}, "diffusers'": diffusers_names(self.sizes.denoiser)}
+
+    def layout(self, path, net) -> dict:
+        from nets.weights import files_of
+        from teachers.bases import layout_of, refuse_other_meaning
+
+        refuse_other_meaning(self.known(), files_of(path), self.architectures)
+        return layout_of(self.known(), path, net)
 
     def build(self, shift: float):
         """DDPM has no shift."""
@@ -93,6 +157,7 @@ class UNetTeacher(Teacher):
 
 
 class SDXL(UNetTeacher):
+    architectures = ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1", "stable-diffusion-xl")
     repo, file = "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"
     encoders = {
         "clip_l": "conditioner.embedders.0.transformer.",
@@ -131,6 +196,7 @@ class SDXL(UNetTeacher):
 
 
 class SD15(UNetTeacher):
+    architectures = ("stable-diffusion-v1", "stable-diffusion-v1-5", "stable-diffusion-v1.5")
     repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     file = "v1-5-pruned-emaonly.safetensors"
     encoders = {"clip_l": "cond_stage_model.transformer."}
@@ -161,10 +227,10 @@ class SD15(UNetTeacher):
         return Networks(UNETS["sd15"], VAES["sd15"], CLIP_L)
 
     def load_text(self, files: Files, *how):
-        from nets.clip import CLIP
+        from nets.clip import CLIP, load_clip
         from nets.text import SD15Text, clip_tokenizer
 
-        clip = self.load_part(CLIP, self.sizes.clip_l, "clip_l", files, *how)
+        clip = self.load_part(CLIP, self.sizes.clip_l, "clip_l", files, *how, load=load_clip)
         return SD15Text(clip, clip_tokenizer(*files["clip_l_tokenizer"]))
 
 

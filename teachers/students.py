@@ -9,6 +9,7 @@ times_of       where it, or its teacher, is called
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,15 +63,17 @@ def is_lora(about: dict[str, str]) -> bool:
     return "rank" in about
 
 
-def load_saved(family: Teacher, paths: list[Path], *how, scale: float = 1.0) -> nn.Module:
-    """paths: a student's file and, of adapters, their base's."""
+def load_saved(
+    family: Teacher, paths: list[Path], *how, scale: float = 1.0, merge: Sequence[str] = ()
+) -> nn.Module:
+    """paths: a student's file and, of adapters, their base's; merge: LoRAs that go into that."""
     from teachers.lora import load_adapted
 
     path, *base = paths
     about = read_student(path)
     if not is_lora(about):
         return family.load(float(about["shift"]), path, *how)
-    return load_adapted(family, path, base, *how, scale=scale)
+    return load_adapted(family, path, base, *how, scale=scale, merge=merge)
 
 
 def times_of(family: Teacher, schedule, steps: int, size, student: bool) -> list[float]:

@@ -7,9 +7,6 @@ The official scale of guidance, v_c + g (v_c - v_u), is 1 less than this project
 usual one: v_u + g (v_c - v_u). The makers recommend theirs from 3 to 5, so here it is 4 to 6.
 """
 
-import re
-from pathlib import Path
-
 from config import Config
 from nets.files import Files, Part
 from teachers import Networks, Teacher
@@ -32,8 +29,18 @@ BASE = Config(
     lr_disc=1e-6,
 )
 
+COMFYUI = {"all_x_embedder.2-1": "x_embedder", "all_final_layer.2-1": "final_layer"}
+for block in ("layers.*", "noise_refiner.*", "context_refiner.*"):  # query, key, value in one
+    COMFYUI |= dict.fromkeys((f"{block}.attention.to_{x}" for x in "qkv"), f"{block}.attention.qkv")
+    COMFYUI |= {
+        f"{block}.attention.to_out.0": f"{block}.attention.out",
+        f"{block}.attention.norm_q": f"{block}.attention.q_norm",
+        f"{block}.attention.norm_k": f"{block}.attention.k_norm",
+    }
+
 
 class ZImage(Teacher):
+    not_weights = ("norm_final.weight",)  # in some files
     with_adapters = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
     repo, file = "Tongyi-MAI/Z-Image", "z_image_bf16.safetensors"
     released = {
@@ -82,14 +89,8 @@ class ZImage(Teacher):
 
         return ZImage(self.sizes.denoiser, Flow(shift))
 
-    def layout(self, path: Path | list[Path]) -> dict:
-        """Official names, or ComfyUI's, told by the file's own."""
-        from nets.weights import as_named, files_of, places
-
-        found = places(files_of(path), "")
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in found) else ""
-        stored = to_comfyui if f"{prefix}x_embedder.weight" in found else as_named
-        return {"prefix": prefix, "ignore": (f"{prefix}norm_final.weight",), "stored": stored}
+    def layouts(self) -> dict:
+        return {"its makers' names, which are diffusers'": {}, "ComfyUI's": COMFYUI}
 
     def load_vae(self, files: Files, *how):
         from nets.vae import load_vae
@@ -118,37 +119,6 @@ class ZImage(Teacher):
 
     def longest(self) -> int:
         return self.unit() * self.sizes.denoiser.longest
-
-
-# --- ComfyUI's names -----------------------------------------------------------------------------
-
-PREFIX = "model.diffusion_model."  # may precede them
-BLOCKS = ("layers.{i}", "noise_refiner.{i}", "context_refiner.{i}")
-# ComfyUI's names -> the official ones, which are diffusers' too; of several, the rows one after
-# another.
-COMFYUI = {
-    "x_embedder.": ("all_x_embedder.2-1.",),
-    "final_layer.": ("all_final_layer.2-1.",),
-}
-for block in BLOCKS:
-    COMFYUI |= {
-        f"{block}.attention.qkv.": tuple(f"{block}.attention.to_{x}." for x in "qkv"),
-        f"{block}.attention.out.": (f"{block}.attention.to_out.0.",),
-        f"{block}.attention.q_norm.": (f"{block}.attention.norm_q.",),
-        f"{block}.attention.k_norm.": (f"{block}.attention.norm_k.",),
-    }
-
-
-def to_comfyui(name: str) -> tuple[str]:
-    """An official name -> ComfyUI's; query, key and value have one."""
-    block = re.match(r"\w+\.(\d+)\.", name)
-    i = block[1] if block else ""
-    for theirs, official in COMFYUI.items():
-        for pattern in official:
-            start = pattern.replace("{i}", i)
-            if name.startswith(start):
-                return (theirs.replace("{i}", i) + name.removeprefix(start),)
-    return (name,)
 
 
 TEACHERS = {"z-image": ZImage("z-image", BASE)}

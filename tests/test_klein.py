@@ -3,7 +3,6 @@ its names elsewhere, and what people may give in place of its files."""
 
 import json
 import math
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -23,12 +22,13 @@ import teachers
 import train
 from config import Refusal
 from model import Flux2Config
+from nets.names import stored_as
 from nets.qwen3 import Qwen3Config
 from nets.vae import VAEConfig
 from nets.weights import read_metadata, save_weights
 from schedule import Flow, grid, guided, sample_ode
 from teachers import Networks, configure, find
-from teachers.klein import ANCHORS, DIFFUSERS, SHIFT, SWAPPED, Klein, mean_shift
+from teachers.klein import ANCHORS, DIFFUSERS, SHIFT, Klein, mean_shift
 from teachers.students import read_student
 
 HERE = Path(__file__).parent
@@ -190,15 +190,10 @@ def official() -> dict[str, list[int]]:
 
 def test_diffusers_names_are_one_for_each_third_of_a_fused_tensor():
     """169 tensors stand for the 149; each name of ours is in the table once."""
-    found, swapped = [], 0
-    for name in official():
-        i = re.search(r"_blocks\.(\d+)\.", name)
-        general = name if i is None else name.replace(f".{i[1]}.", ".{i}.", 1)
-        (key,) = [key for key in DIFFUSERS if general.startswith(key)]
-        rest = general.removeprefix(key)
-        found += [theirs.format(i=i and i[1]) + rest for theirs in DIFFUSERS[key]]
-        swapped += key in SWAPPED
-    assert len(found) == len(set(found)) == 169 and swapped == 1
+    every = [stored_as(DIFFUSERS, name) for name in official()]
+    found = [name for other in every for name in other.names]
+    assert len(found) == len(set(found)) == 169 and not {*found} & {*official()}
+    assert [other.names for other in every if other.swapped] == [("norm_out.linear.weight",)]
     assert "transformer_blocks.4.attn.add_k_proj.weight" in found
     assert "single_transformer_blocks.19.attn.to_qkv_mlp_proj.weight" in found
 
@@ -252,13 +247,13 @@ def test_an_fp8_copy_of_the_text_encoder_is_refused(command, small, tmp_path):
 
 
 def test_another_autoencoder_or_transformer_is_refused(small):
-    """FLUX.1's ae.safetensors; diffusers' transformer under the makers' file name."""
+    """FLUX.1's ae.safetensors; one weight of diffusers' transformer."""
     family = SMALL["klein"]
     path = small / "vae" / "diffusion_pytorch_model.safetensors"
     vae = {k: v for k, v in load_file(path).items() if "bn." not in k and "quant" not in k}
     path.unlink()
     save_file(vae, small / "ae.safetensors")
-    with pytest.raises(Refusal, match="ae.safetensors holds another network"):
+    with pytest.raises(Refusal, match="ae.safetensors: the network lacks 6 names: bn.running_mean"):
         family.load_vae(family.locate(str(small)))
     save_file({"x_embedder.weight": torch.zeros(2, 2)}, small / family.file)
     with pytest.raises(Refusal, match="holds another network"):

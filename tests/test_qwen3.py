@@ -164,7 +164,7 @@ def test_the_official_file_loads_without_the_layers_nobody_reads(tmp_path):
     short = {k: v for k, v in WEIGHTS.items() if not k.startswith("model.layers.1.")}
     name = "model.layers.0.mlp.up_proj.weight"
     fp8 = WEIGHTS | {name: WEIGHTS[name].to(torch.float8_e4m3fn)}
-    for wrong, words in [(short, "names missing"), (fp8, "F8_E4M3, a quantised or foreign copy")]:
+    for wrong, words in [(short, "lacks 11 names"), (fp8, "F8_E4M3, a quantised or foreign copy")]:
         save_file(wrong, path)
         with pytest.raises(Refusal, match=words) as error:
             load_weights(net, path, ignore=net.duplicates)

@@ -154,8 +154,8 @@ def test_a_file_with_other_names_than_open_clips_is_refused(tmp_path):
     net = CLIP(clip_config(size))
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     for wrong, words in [
-        ({key: tensor for key, tensor in weights.items() if key != name}, "1 names missing"),
-        (weights | {OPEN_CLIP + "visual.proj": torch.zeros(1)}, "1 unexpected"),
+        ({key: tensor for key, tensor in weights.items() if key != name}, "lacks one name"),
+        (weights | {OPEN_CLIP + "visual.proj": torch.zeros(1)}, "one name more"),
         (weights | {name: torch.zeros(3)}, r"ln_1.bias has shape \[3\]"),
     ]:
         save_file(wrong, path)

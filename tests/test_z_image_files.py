@@ -19,11 +19,12 @@ import train
 from config import Refusal
 from engine.batch import cond_of, fill_cache, load_batch, read_null
 from engine.build import open_training_data
+from nets.names import stored_as
 from nets.weights import as_named
 from schedule import Flow
 from teachers import configure, find
 from teachers.students import read_student
-from teachers.z_image import PREFIX, to_comfyui
+from teachers.z_image import COMFYUI
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -46,7 +47,8 @@ def comfyui(official: dict, prefix: str = "") -> dict:
     """The same weights under ComfyUI's names."""
     together: dict[str, list] = {}
     for name in sorted(official, key=lambda name: name.replace("to_q", "to_a")):  # q, k, v
-        together.setdefault(prefix + to_comfyui(name)[0], []).append(official[name])
+        (theirs,) = stored_as(COMFYUI, name).names
+        together.setdefault(prefix + theirs, []).append(official[name])
     return {name: torch.cat(parts) for name, parts in together.items()}
 
 
@@ -64,12 +66,12 @@ def test_comfyuis_names_and_shapes_are_those_of_its_file():
     official, theirs = (json.loads(path.read_text()) for path in manifests)
     made: dict[str, list] = {}
     for name, (dtype, shape) in official.items():
-        entry = made.setdefault(to_comfyui(name)[0], [dtype, [0, *shape[1:]]])
+        entry = made.setdefault(*stored_as(COMFYUI, name).names, [dtype, [0, *shape[1:]]])
         entry[1][0] += shape[0]
     assert made == theirs and (len(official), len(theirs)) == (521, 453)
 
 
-@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_either_set_of_names_gives_the_same_network(folder, tmp_path, prefix):
     """Also as it is dealt out to ranks, in the network's order; with a norm that nobody reads."""
     shards = FAMILY.locate(str(folder))["denoiser"]
@@ -119,8 +121,8 @@ def test_what_is_wrong_with_a_file_is_said(folder, tmp_path):
     eighth = {"layers.0.attention.qkv.weight": fused["layers.0.attention.qkv.weight"].char()}
     for state, named in (
         (fused | eighth, "layers.0.attention.qkv.weight is stored as I8, a quantised"),
-        ({k: v for k, v in fused.items() if "out" not in k}, "holds another network: 4 names"),
-        (official | {"x": torch.ones(1)}, "1 unexpected"),
+        ({k: v for k, v in fused.items() if "out" not in k}, "the network lacks 4 names: "),
+        (official | {"x": torch.ones(1)}, "this is the network and one name more: x"),
     ):
         save_file(state, path)
         with pytest.raises(Refusal, match=named):
@@ -218,7 +220,7 @@ def test_a_run_from_a_cache_goes_on_without_the_text_encoder(command, folder, tm
     again = load_file(out / "student.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     shards = FAMILY.locate(str(folder))["denoiser"]
-    assert FAMILY.layout(shards)["stored"] is as_named
+    assert FAMILY.layout(shards, FAMILY.build(6.0))["stored"] is as_named
     assert first.keys() == {name for path in shards for name in load_file(path)}
     taken = ["--checkpoint", out, "--prompt", "fox", "--weights", folder]
     code, _, err = command(sample, *taken, "--out", tmp_path / "drawn.png")
