@@ -347,12 +347,12 @@ def merge_weights(
     tensors, ours = {}, []
     for part in base:
         with open_weights(part) as file:
-            names = set(file.keys())
+            names = [*file.keys()]
             kept = [name for name in names if not name.startswith(AVERAGES)]
             tensors |= {name: file.get_tensor(name) for name in kept}
-    theirs = [name for name in tensors if name.startswith(prefix)]
-    for name in [name for name in theirs if name.endswith(SCALES + NO_SCALES)]:
-        tensors.pop(name), theirs.remove(name)
+    theirs = {name for name in tensors if name.startswith(prefix)} - {*ignore}
+    scales = {name for name in theirs if name.endswith(SCALES + NO_SCALES)}
+    tensors = {name: x for name, x in tensors.items() if name not in scales}
     for name, tensor in ((prefix + name, x) for name, x in state):
         ours.append(name)
         stored = tensors.get(name, tensor)
@@ -363,7 +363,7 @@ def merge_weights(
             )
         dtype = torch.bfloat16 if stored.dtype.itemsize == 1 else stored.dtype
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
-    compare_names(ours, {*theirs} - {*ignore}, base[0])
+    compare_names(ours, theirs - scales, base[0])
     write(tensors, path, metadata)
 
 

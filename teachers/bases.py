@@ -235,14 +235,18 @@ METADATA = {  # key: the values that mean the usual, in small letters
     "ss_zero_terminal_snr": ("false", "none", ""),
     "prediction_type": ("epsilon", "eps", ""),
 }
+OTHER_KIND = re.compile(r"refiner|inpaint|v-?_?pred|edm")
 SCHEDULER = {  # of scheduler_config.json beside diffusers' unet/
     "prediction_type": ("epsilon",),
     "rescale_betas_zero_snr": ("false",),
 }
 
 
-def refuse_other_meaning(known: Known, paths: list[Path], architectures: tuple[str, ...]) -> None:
-    """Names and shapes do not tell what a UNet predicts; what else a file says does. ValueError."""
+def refuse_other_meaning(known: Known, paths: list[Path], architecture: str) -> None:
+    """Names and shapes do not tell what a UNet predicts; what else a file says does. ValueError.
+
+    architecture: what files of its kind call that, a regular expression.
+    """
     seen = [name for path in paths for name in places([path], "") if MARKERS.match(name)]
     for path in paths:
         about = {key: value.strip() for key, value in read_metadata(path).items()}
@@ -250,9 +254,10 @@ def refuse_other_meaning(known: Known, paths: list[Path], architectures: tuple[s
             if about.get(key, "").lower() not in usual:
                 seen.append(f"{key}: {about[key]}")
         kind = about.get("modelspec.architecture", "").lower().split("/")[0]
-        if kind and kind not in (*architectures, known.teacher):
+        if kind and (not re.match(architecture, kind) or OTHER_KIND.search(kind)):
             seen.append(f"modelspec.architecture: {about['modelspec.architecture']}")
-    seen += scheduler_says(paths[0].parent.parent / "scheduler" / "scheduler_config.json")
+    if paths[0].parent.name in FOLDERS:
+        seen += scheduler_says(paths[0].parent.parent / "scheduler" / "scheduler_config.json")
     if seen:
         raise Refusal(
             f"{paths[0]} is no model that predicts noise as {known.teacher} does "

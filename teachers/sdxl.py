@@ -106,7 +106,7 @@ class UNetTeacher(Teacher):
         "input_blocks.0.",
     )  # reads the latents; diffusers' conversion has no place for it
     encoders: dict[str, str] = {}  # prefix of each text encoder's names
-    architectures: tuple[str, ...] = ()  # what files of its kind call themselves
+    architecture = ""  # what files of its kind call that, in small letters
 
     def parts(self) -> dict[str, Part]:
         """UNet, autoencoder and text encoders in one file, tokenizers beside it."""
@@ -127,7 +127,7 @@ class UNetTeacher(Teacher):
         from nets.weights import files_of
         from teachers.bases import layout_of, refuse_other_meaning
 
-        refuse_other_meaning(self.known(), files_of(path), self.architectures)
+        refuse_other_meaning(self.known(), files_of(path), self.architecture)
         return layout_of(self.known(), path, net)
 
     def build(self, shift: float):
@@ -157,7 +157,7 @@ class UNetTeacher(Teacher):
 
 
 class SDXL(UNetTeacher):
-    architectures = ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1", "stable-diffusion-xl")
+    architecture = r"stable[-_ ]diffusion[-_ ]xl|sd[-_ ]?xl"
     repo, file = "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"
     encoders = {
         "clip_l": "conditioner.embedders.0.transformer.",
@@ -196,7 +196,7 @@ class SDXL(UNetTeacher):
 
 
 class SD15(UNetTeacher):
-    architectures = ("stable-diffusion-v1", "stable-diffusion-v1-5", "stable-diffusion-v1.5")
+    architecture = r"stable[-_ ]diffusion[-_ ](v1|1)|sd[-_ ]?v?1"
     repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     file = "v1-5-pruned-emaonly.safetensors"
     encoders = {"clip_l": "cond_stage_model.transformer."}
