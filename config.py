@@ -243,6 +243,10 @@ class Config:
     crop: str = setting("centre", "of an image of another shape", Choice(("centre", "random")))
     buckets: bool = setting(False, "batches of several aspect ratios, of size's area")
     cache: str = setting("", "folder for text embeddings and latents, computed once")
+    make_reals: int = setting(
+        0, "images that the teacher draws once of the captions, in place of real ones", AMOUNT
+    )
+    reals: str = setting("", "folder for those; none: reals in --out")
     workers: int = setting(4, "threads that read data ahead; 0: none", AMOUNT)
 
     out: str = setting("", "output folder", group="run")
@@ -262,6 +266,7 @@ HOUSEKEEPING = (
     "export",
     "lora_format",
     "cache",
+    "reals",
     "weights",
     "base",  # these two: a digest tells whether the weights are the same
     "merge",

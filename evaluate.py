@@ -1,14 +1,16 @@
-"""The measures of a student beside its teacher's, at several numbers of steps, for any teacher.
+"""The measures of students beside their teacher's, at several numbers of steps, for any teacher.
 
     python evaluate.py --student runs/digits/student.safetensors
     python evaluate.py --student FILE --prompts captions.txt --n 5000 --weights DIR
     torchrun --nproc_per_node 8 evaluate.py --student FILE --data DIR --images 5000
+    python evaluate.py --student MINE THEIRS LORA --steps 4      # a row each; anybody's students
 
-Teacher and student draw every prompt from the same noise: image k depends on its prompt and on
+Teacher and students draw every prompt from the same noise: image k depends on its prompt and on
 (seed, k) alone. Images are kept in --out, as PNGs that carry their settings; the same command draws
 what is missing or was made otherwise, so it continues where it was interrupted. Ranks share the
 images out. The text encoders leave memory before a denoiser comes, and the denoiser before the
-networks that judge.
+networks that judge. A student that train.py did not write is described by --taus, --sampler and
+--shift, or by what --remember kept; of several, these are for those that do not say it themselves.
 
 Measured against the teacher's images, features by DINOv2 (the embedded task: by its judge, and by
 its small ViT): the Frechet distance of whole images (FD) and of their middle 299 x 299 pixels
@@ -30,9 +32,8 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
 import argparse
 import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -41,8 +42,8 @@ from torch import nn
 from tqdm import tqdm
 
 from config import Refusal, refuse
-from dataset.images import BAD, Images, read_text
-from dataset.sources import open_data
+from dataset.images import read_text
+from dataset.sources import captions_of, open_data
 from digits.exam import Exam, aligned, format_table
 from engine import ranks
 from engine.drawing import (
@@ -69,7 +70,7 @@ from measure.scorers import (
 )
 from nets.weights import DTYPES
 from teachers import Teacher
-from teachers.students import is_lora, read_student, student_taus, teacher_of
+from teachers.students import Student, find_student, remember, remembered, student_file
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
@@ -79,38 +80,68 @@ FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
 def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     """All that is drawn, from what was asked; every file is found. ValueError or OSError."""
-    about, own_denoiser = read_student(given.student), denoiser_file(given.teacher)
-    family = teacher_of(given.student, None if own_denoiser else given.teacher)
+    own_denoiser = denoiser_file(given.teacher)
+    students = find_students(given, None if own_denoiser else given.teacher)
+    family = next(iter(students.values())).family
     preset = family.preset
     if family.own_data and given.data:
         raise Refusal(f"--data {given.data}: {family.own_data} has its own; or give --prompts")
-    size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
+    size = given.size or one_size(students) or preset.size
     family.check_size(size)
     family.check_measured(size)
-    files = family.locate(given.weights, denoiser=not own_denoiser or is_lora(about))
+    adapted = any(student.is_lora for student in students.values())
+    files = family.locate(given.weights, denoiser=not own_denoiser or adapted)
     scorers = {} if family.own_features else locate_scorers(given.weights)
     guidance = (preset.guidance if given.guidance is None else given.guidance) or None
     exam = family.exam(guidance) if given.prompts is None and family.examined else None
     prompts, each = ask(given, family, size, exam)
+    drawn_by = {"teacher": [own_denoiser] if own_denoiser else files["denoiser"]}
+    for who, student in students.items():
+        drawn_by[who] = [*student.files, *(files["denoiser"] if student.is_lora else [])]
     task = Task(
         family=family,
         files=files,
-        denoisers={
-            "teacher": [own_denoiser] if own_denoiser else files["denoiser"],
-            "student": [given.student, *(files["denoiser"] if is_lora(about) else [])],
-        },
+        denoisers=drawn_by,
         scorers=scorers,
-        size=size,
+        size=tuple(size),
         dtype=given.dtype or ("bf16" if preset.bf16 else "fp32"),
         seed=given.seed,
         batch=given.batch or (family.measured_at_once if family.own_features else 1),
         prompts=prompts,
         each=each,
-        samplings=ways(given, about, guidance, family),
-        out=given.out or given.student.parent / "evaluation",
+        samplings=ways(given, students, guidance, family),
+        out=given.out or next(iter(students.values())).path.parent / "evaluation",
+        students=students,
         adapter_scale=given.adapter_scale,
     )
     return task, exam
+
+
+def find_students(given: argparse.Namespace, teacher: str | None) -> dict[str, Student]:
+    """By the name of each row, of one teacher all."""
+    said, found = {"taus": given.taus, "shift": given.shift}, {}
+    for path in given.student:
+        unsaid = len(given.student) == 1 or not remembered(student_file(path))
+        flags = said | {"sampler": given.sampler} if unsaid else {}
+        student = find_student(path, teacher, **flags)
+        name, alike = student.title, sum(s.title == student.title for s in found.values())
+        name += f"-{alike + 1}" if alike or name == "teacher" else ""
+        found["student" if len(given.student) == 1 else name] = student
+    if not any(student.foreign for student in found.values()):
+        student.check_said(said)
+    teachers = dict.fromkeys(student.family.name for student in found.values())
+    if len(teachers) > 1:
+        raise Refusal(f"--student: of {' and of '.join(teachers)}; give those of one teacher")
+    return found
+
+
+def one_size(students: dict[str, Student]) -> tuple[int, int] | None:
+    """Of the students that say theirs."""
+    sizes = {student.size: student.path for student in students.values() if student.size}
+    if len(sizes) > 1:
+        each = ", ".join(f"{path} {size[0]} x {size[1]}" for size, path in sizes.items())
+        raise Refusal(f"--student: of several sizes ({each}); give --size HEIGHT WIDTH")
+    return next(iter(sizes), None)
 
 
 def prepare(
@@ -161,35 +192,27 @@ def read_prompts(
         if not prompts:
             raise Refusal(f"{given.prompts} holds no prompt; give one a line")
         return prompts
-    data = open_data(given.data or family.preset.data, size, 0)
-    if isinstance(data, Images):  # whose images are not wanted
-        return list(islice(good_captions(data), count))
-    return data(range(count)).captions
-
-
-def good_captions(data: Images) -> Iterator[str]:
-    for item in range(len(data.source)):
-        try:
-            caption = data.source.caption(item)
-        except BAD:  # as in training, others take its place
-            continue
-        if caption:
-            yield caption
+    return captions_of(open_data(given.data or family.preset.data, size, 0), count)
 
 
 def ways(
-    given: argparse.Namespace, about: dict[str, str], guidance: float | None, family: Teacher
+    given: argparse.Namespace,
+    students: dict[str, Student],
+    guidance: float | None,
+    family: Teacher,
 ) -> tuple[Sampling, ...]:
-    """The teacher's many steps, its few, then the student's."""
-    own, sampler = int(about["steps"]), given.sampler or about["sampler"]
+    """The teacher's many steps, its few, then each student's."""
     calls = 2 if guidance and family.uses_null else 1
+    few = [student.steps for student in students.values()]
     samplings = [
         Sampling("teacher", n, "euler", guidance, n * calls)
-        for n in dict.fromkeys((given.teacher_steps, own))
+        for n in dict.fromkeys((given.teacher_steps, *few))
     ]
-    for n in given.steps:
-        taus = student_taus(about) if n == own else ()
-        samplings.append(Sampling("student", n, sampler, None, n, taus))
+    for who, student in students.items():
+        sampler = given.sampler or student.about["sampler"]
+        for n in given.steps:
+            taus = student.taus if n == student.steps else ()
+            samplings.append(Sampling(who, n, sampler, student.guidance, n, taus))
     return tuple(samplings)
 
 
@@ -271,11 +294,11 @@ def examine(task: Task, exam: Exam) -> list[dict]:
 
 
 def picture(task: Task, path: Path) -> None:
-    """The first prompts: the teacher's many steps, its few, the student's own number."""
-    own = next((s for s in task.samplings if s.taus), task.samplings[-1])
+    """The first prompts: the teacher's many steps, its few, each student's own number."""
+    own = [s for s in task.samplings if s.taus] or [task.samplings[-1]]
     shown, samples = min(8, len(task.prompts)), min(4, task.each)
     columns = {}
-    for s in dict.fromkeys((*task.samplings[:2], own)):
+    for s in dict.fromkeys((*task.samplings[:2], *own)):
         ks = [i * task.each + k for i in range(shown) for k in range(samples)]
         images = read_images(task, s, ks)
         shrink = max(1, max(images.shape[2:]) // 192)
@@ -300,7 +323,8 @@ def main() -> None:
         with ranks.refusals():
             rows = measure_all(task, scorers, inception, given.resamples, device)
         print(measures_table(rows))
-        metrics = {"teacher": given.teacher or task.family.name, "student": str(given.student)}
+        who = {name: str(student.path) for name, student in task.students.items()}
+        metrics = {"teacher": given.teacher or task.family.name, "students": who}
         metrics |= {"prompts": len(task.prompts), "images": task.count, "seed": task.seed}
         metrics |= {"size": task.size, "dtype": task.dtype, "measures": rows}
         if exam:
@@ -308,6 +332,8 @@ def main() -> None:
             print("\n" + format_table(metrics["table"]))
         (task.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
         picture(task, task.out / "samples.png")
+        for student in task.students.values() if given.remember else ():
+            remember(student)
         print(f"{task.out}: images, metrics.json, samples.png")
     ranks.stop()
 

@@ -4,10 +4,15 @@
     python sample.py --teacher digits --steps 50 --guidance 2 --prompt "a digit above a green two"
     python sample.py --teacher flux-dev --steps 28 --guidance 3.5 --size 768 1360 --prompt "a fox"
     python sample.py --checkpoint FILE --prompts FILE --seed 0 1 2 --out folder/name.png
+    python sample.py --checkpoint FILE --teacher flux-dev --taus 1 .904 .759 .512 --sampler x0 ...
+    python sample.py --explain FILE       # how ComfyUI and diffusers draw with this student
     python sample.py --teacher sdxl --base mine.safetensors --merge lora.safetensors:0.8 --prompt ..
 
 One prompt and one seed write --out; more write name-000.png, name-001.png, ... The noise of an
 image depends on its seed alone, so a prompt gives the same image alone or among others.
+A student may be anybody's: a file or a folder, in any layout that --base reads, or a LoRA. What
+train.py did not write does not say where it is called; flags do (--teacher, --taus, --sampler,
+--shift), and --remember keeps them beside it.
 Settings are stored in each PNG, as JSON in its text field "settings".
 
 The official files are looked for in --weights, else in the hub's cache, else downloaded. The text
@@ -20,7 +25,6 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
     sample_arguments(__doc__)
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -38,24 +42,27 @@ from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher, find
-from teachers.students import is_lora, load_saved, read_student, student_taus, teacher_of, times_of
+from teachers.elsewhere import explain
+from teachers.students import Student, find_student, remember, times_of
 
 
-def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
-    """The settings that images are made with and carry, and whose they are. ValueError."""
-    about = read_student(given.checkpoint) if given.checkpoint else {}
-    family = teacher_of(given.checkpoint, given.teacher) if about else find(given.teacher)
+def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher, Student | None]:
+    """The settings that images are made with and carry, whose they are, and the student if it is
+    not its teacher that draws. ValueError."""
+    student = asked_student(given) if given.checkpoint else None
+    family = student.family if student else find(given.teacher)
     preset = family.preset
-    size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
+    size = tuple(given.size or (student and student.size) or preset.size)
     settings = {"teacher": family.name, "size": size}
-    if given.checkpoint:
-        steps, sampler, guidance = int(about["steps"]), about["sampler"], given.guidance
-        settings["checkpoint"] = given.checkpoint.name
-        settings |= {"adapter_scale": given.adapter_scale} if is_lora(about) else {}
+    if student:
+        steps, sampler = student.steps, student.about["sampler"]
+        guidance = student.guidance if given.guidance is None else given.guidance
+        settings["checkpoint"] = student.path.name
+        settings |= {"adapter_scale": given.adapter_scale} if student.is_lora else {}
     else:
         steps, sampler = (preset.student_steps if family.only_sampled else 50), "euler"
         guidance = preset.guidance if given.guidance is None else given.guidance
-    own = student_taus(about) if given.steps in (None, steps) and about else None
+    own = student.taus if student and given.steps in (None, steps) else None
     settings |= {"steps": given.steps or steps, "taus": own}
     settings |= {"sampler": given.sampler or sampler, "guidance": guidance}
     given.batch = given.batch or family.sampled_at_once
@@ -63,12 +70,22 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     settings |= {"base": Path(given.base).name} if given.base else {}
     settings |= {"merge": [Path(file).name for file in given.merge]} if given.merge else {}
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
-    if family.guided_by == "none" and given.guidance:
+    if (student.fitted if student else family).guided_by == "none" and given.guidance:
         raise Refusal(f"--guidance {given.guidance:g}: {family.name} takes none")
-    if given.checkpoint and given.merge and not is_lora(about):
+    if student and given.merge and not student.is_lora:
         raise Refusal("--merge: LoRAs are merged into a teacher, or what a LoRA stands on")
     family.check_size(size)
-    return settings, family
+    return settings, family, student
+
+
+def asked_student(given: argparse.Namespace) -> Student:
+    """Of --checkpoint or --explain, with what flags say of one that train.py did not write."""
+    path, said = given.checkpoint or given.explain, {"taus": given.taus, "shift": given.shift}
+    student = find_student(
+        path, given.teacher, **said, sampler=given.sampler, guidance=given.guidance
+    )
+    student.check_said(said)
+    return student
 
 
 def stack(conds: list[Cond], device: torch.device) -> Cond:
@@ -79,30 +96,30 @@ def load(
     given: argparse.Namespace,
     settings: dict,
     family: Teacher,
+    student: Student | None,
     files: Files,
     device: torch.device,
 ) -> nn.Module:
     """The denoiser; its sampling times go into the settings, where they are not a student's own."""
     how = (DTYPES[settings["dtype"]], device)
-    if given.checkpoint:
-        paths = [given.checkpoint, *files.get("denoiser", [])]
+    if student:
         more = {"scale": given.adapter_scale, "merge": given.merge}
-        net = load_saved(family, paths, *how, **more)
+        net = student.load(files.get("denoiser"), *how, **more)
     else:
         net = family.load(family.preset.shift, files["denoiser"], *how, given.merge)
     if settings["taus"] is None:
-        asked = (settings["steps"], settings["size"], bool(given.checkpoint))
+        asked = (settings["steps"], settings["size"], bool(student))
         settings["taus"] = times_of(family, net.schedule, *asked)
     return net.requires_grad_(False).eval()
 
 
-def trained_on(given: argparse.Namespace, family: Teacher, files: Files) -> str:
+def trained_on(given: argparse.Namespace, student: Student | None, files: Files) -> str:
     """A remark where a student that is a LoRA was trained on other weights; "": on these."""
-    about = read_student(given.checkpoint) if given.checkpoint and "denoiser" in files else {}
-    here = identity(family, files["denoiser"], given.merge) if about.get("base") else ""
-    if about.get("base") in (None, "", here):
+    was = student.about.get("base") if student and "denoiser" in files else None
+    here = identity(student.family, files["denoiser"], given.merge) if was else None
+    if not was or was == here:
         return ""
-    was = f"{given.checkpoint} was trained on other weights ({about['base']}, here {here})"
+    was = f"{student.path} was trained on other weights ({was}, here {here})"
     return f"{was}; give them with --base and --merge"
 
 
@@ -127,21 +144,26 @@ def main() -> None:
     given = sample_arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ranks.refusals():
-        settings, family = resolve_settings(given)
+        if given.explain:
+            print(explain(asked_student(given)))
+            return
+        settings, family, student = resolve_settings(given)
         jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
         size, dtype = settings["size"], DTYPES[settings["dtype"]]
-        whole = given.checkpoint and not is_lora(read_student(given.checkpoint))
+        whole = student and not student.is_lora
         files = family.locate(given.weights, not whole, t5=not given.no_t5, base=given.base)
         for remark in check_base(family, files, given.merge) if given.base or given.merge else ():
             say(remark)
-        if remark := trained_on(given, family, files):
+        if remark := trained_on(given, student, files):
             say(remark)
         text = family.load_text(files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]
         conds = encode_all(text, prompts, given.batch, device, size)
         del text  # tens of gigabytes for the large teachers
-        net = load(given, settings, family, files, device)
+        net = load(given, settings, family, student, files, device)
+        if given.remember and student:
+            remember(student)
         vae = family.load_vae(files, dtype, device)
         if given.compile:
             check_compiler(device)

@@ -5,6 +5,7 @@
     python train.py --no-ida --no-isg --no-gan # plain DMD; each part has its switch
     torchrun --nproc_per_node 8 train.py --teacher flux-dev --data DIR [--weights DIR]
     python train.py --teacher flux-dev --plan --gpus 8 --gpu-memory 80   # does it fit?
+    python train.py --teacher klein --adapter 64 --data prompts.txt --make-reals 5000
     python train.py --teacher mine.py          # a teacher of your own: docs/own_teacher.md
     python train.py --help                     # every setting
 
@@ -52,6 +53,7 @@ from engine.build import (
 )
 from engine.plan import show_plan
 from engine.progress import Progress, header
+from engine.reals import make_reals
 from engine.results import check_export, finish, is_examined, show
 from engine.run import LOSSES, LogFile, Run, keep_samples, open_board, prepare_folder, say
 from ida import ida_update
@@ -315,6 +317,7 @@ def main() -> None:
         check_export(cfg, family)
         digests = {"denoiser": base_of(cfg, family)}
         out = prepare_folder(cfg, given.overwrite, digests)
+        data = make_reals(cfg, family, device) if cfg.make_reals else data
         cache = fill_cache(cfg, family, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
         examined = is_examined(cfg, family)

@@ -43,19 +43,19 @@ def digests(pairs: Pairs) -> list[str]:
     return found
 
 
-def check_purpose(folder: Path, about: dict) -> None:
-    """Makes the folder, or checks that it was made for the same. Raises ValueError."""
+def check_purpose(folder: Path, about: dict, flag: str = "--cache") -> None:
+    """Makes the folder, or checks that it was made for the same. flag: its own. ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "about.json"
     if path.is_file():
         try:
             was = json.loads(path.read_text())
         except json.JSONDecodeError:
-            raise Refusal(f"{path} is damaged; choose another --cache, or remove it") from None
+            raise Refusal(f"{path} is damaged; choose another {flag}, or remove it") from None
         changed = [f"{k}: {was.get(k)} -> {v}" for k, v in about.items() if was.get(k) != v]
         if changed:
             raise Refusal(
-                f"--cache {folder} was made for something else ({'; '.join(changed)}); "
+                f"{flag} {folder} was made for something else ({'; '.join(changed)}); "
                 "choose another folder"
             )
     part = path.with_name(f"about.{os.getpid()}.part")  # several ranks write the same

@@ -2,6 +2,7 @@
 
     open_data     images with captions (images.py has the forms), or captions alone
     Prompts       captions alone, the lines of a text file
+    captions_of   captions alone, of any data set
     open_source   where the images are
 
 A data set is called with sample numbers and returns something with `captions`, `images`, (B, 3, H,
@@ -9,12 +10,15 @@ W) in [-1, 1] or None, and `sizes`, (B, 6) or None; `remark()` is what there is 
 samples.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from config import Refusal
 from dataset.images import (
+    BAD,
     Epochs,
     ImageFiles,
     Images,
@@ -30,7 +34,7 @@ FORMS = (
     "--data takes a folder of images with their captions in .txt files of the same names; a .json "
     "or .jsonl list of images and captions; WebDataset shards, as a folder of .tar files, one of "
     "them, or a pattern like 'shards/{000..127}.tar'; or a .txt file of prompts, one a line. "
-    "To start without images: --data prompts.txt --no-gan"
+    "To start without images: --data prompts.txt --no-gan, or --make-reals N"
 )
 
 
@@ -74,6 +78,24 @@ def open_data(
         broken = "".join(f"; {name}: {why}" for name, why in list(source.faults.items())[:5])
         raise Refusal(f"--data {path} holds no image with a caption{broken}. {FORMS}")
     return Images(source, size, seed, crop, buckets, batch)
+
+
+def captions_of(data, count: int) -> list[str]:
+    """At most `count` captions: of images, which are not looked at, in the order of their files;
+    of any other data set those of its first samples."""
+    if isinstance(data, Images):
+        return list(islice(good_captions(data), count))
+    return data(range(count)).captions
+
+
+def good_captions(data: Images) -> Iterator[str]:
+    for item in range(len(data.source)):
+        try:
+            caption = data.source.caption(item)
+        except BAD:  # as in training, others take its place
+            continue
+        if caption:
+            yield caption
 
 
 def open_source(path: str) -> ImageFiles | Shards:

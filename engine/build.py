@@ -99,6 +99,8 @@ def anchors(cfg: Config, schedule) -> tuple[float, ...]:
 def open_training_data(cfg: Config, family: Teacher):
     """The data set; ValueError or OSError for what cannot be trained on."""
     family.check_size(cfg.size)
+    if cfg.buckets and cfg.make_reals:
+        raise Refusal("--buckets: the images of --make-reals have one shape")
     own = family.data(cfg.seed)
     if own is not None:
         if cfg.buckets:
@@ -110,8 +112,9 @@ def open_training_data(cfg: Config, family: Teacher):
         raise Refusal(f"--buckets: {cfg.data} has no images of several shapes")
     for size in data.sizes if cfg.buckets else ():
         family.check_size(size)
-    if isinstance(data, Prompts) and cfg.w_gan:
-        raise Refusal(f"--data {cfg.data} has no images to judge by; add --no-gan")
+    if isinstance(data, Prompts) and cfg.w_gan and not cfg.make_reals:
+        remedy = "add --make-reals N, for which the teacher draws some, or --no-gan"
+        raise Refusal(f"--data {cfg.data} has no images to judge by; {remedy}")
     return data
 
 

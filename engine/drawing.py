@@ -1,7 +1,7 @@
 """Images that a teacher and its students draw from the same noise, kept in a folder.
 
     Sampling, Task   one way to draw all images; all that is drawn
-    draw_missing     what is not there yet, or was made otherwise
+    draw_missing     what is not there yet, or was made otherwise; draw: these images
     read_images      out of the folder
 
 Image k depends on its prompt and on (seed, k) alone, and its PNG carries what it was made with.
@@ -10,7 +10,7 @@ Image k depends on its prompt and on (seed, k) alone, and its PNG carries what i
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,14 @@ from nets.files import Files, fingerprint
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher
-from teachers.students import load_saved, times_of
+from teachers.students import Student, times_of
 
 
 @dataclass(frozen=True)
 class Sampling:
     """One way to draw all images."""
 
-    who: str  # "teacher" | "student"
+    who: str  # "teacher", or one of the task's students
     steps: int
     sampler: str  # "x0" | "euler"
     guidance: float | None
@@ -49,7 +49,7 @@ class Sampling:
 class Task:
     family: Teacher
     files: Files
-    denoisers: dict[str, list[Path]]  # of teacher and student
+    denoisers: dict[str, list[Path]]  # their files, by who draws
     scorers: Files  # of the networks that measure
     size: tuple[int, int]
     dtype: str
@@ -59,7 +59,9 @@ class Task:
     each: int  # images of every prompt, one after the other
     samplings: tuple[Sampling, ...]  # the first is what the others are held against
     out: Path
-    adapter_scale: float = 1.0  # of the student's LoRA
+    students: dict[str, Student] = field(default_factory=dict)  # by who draws
+    adapter_scale: float = 1.0  # of a student's LoRA
+    merge: tuple[str, ...] = ()  # LoRA files in the teacher, FILE or FILE:SCALE
 
     @property
     def count(self) -> int:
@@ -75,14 +77,19 @@ class Task:
 # --- images --------------------------------------------------------------------------------------
 
 
+def alike(task: Task, s: Sampling) -> dict:
+    """All that images depend on, but for prompt and number."""
+    weights = [fingerprint(path) for path in task.denoisers[s.who]]
+    found = {"teacher": task.family.name, "weights": weights, "size": list(task.size)}
+    found |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
+    found |= {"dtype": task.dtype, "seed": task.seed}
+    return found | ({"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {})
+
+
 def settings_of(task: Task, s: Sampling) -> Callable[[int], dict]:
     """k -> all that image k depends on, as its PNG carries it."""
-    weights = [fingerprint(path) for path in task.denoisers[s.who]]
-    alike = {"teacher": task.family.name, "weights": weights, "size": list(task.size)}
-    alike |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
-    alike |= {"dtype": task.dtype, "seed": task.seed}
-    alike |= {"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {}
-    return lambda k: alike | {"prompt": task.prompts[k // task.each], "image": k}
+    found = alike(task, s)
+    return lambda k: found | {"prompt": task.prompts[k // task.each], "image": k}
 
 
 def is_there(path: Path, settings: dict) -> bool:
@@ -107,23 +114,28 @@ def save_image(image: Tensor, path: Path, settings: dict) -> None:
 
 
 def draw_missing(task: Task, device: torch.device, rank: int = 0, world: int = 1) -> None:
-    """Text encoders first, then one denoiser after the other; nothing is loaded for nothing."""
+    """Of all ways to draw, this rank's share."""
     todo = {s: missing_images(task, s, rank, world) for s in task.samplings}
     todo = {s: ks for s, ks in todo.items() if ks}
     if not todo:
         return
+    total = sum(map(len, todo.values()))
+    with tqdm(total=total, desc="images", disable=rank > 0) as bar:
+        draw(task, todo, device, bar)
+
+
+def draw(task: Task, todo: dict[Sampling, list[int]], device: torch.device, bar: tqdm) -> None:
+    """Text encoders first, then one denoiser after the other; nothing is loaded for nothing."""
     how = (DTYPES[task.dtype], device)
     conds = encode_prompts(task, {k // task.each for ks in todo.values() for k in ks}, *how)
     vae = task.family.load_vae(task.files, *how)
-    total = sum(map(len, todo.values()))
-    with tqdm(total=total, desc="images", disable=rank > 0) as bar:
-        for who in ("teacher", "student"):
-            net = None  # the other's memory is free before this one is loaded
-            for s, ks in todo.items():
-                if s.who == who:
-                    net = net or load_net(task, who, *how)
-                    bar.set_postfix_str(s.name)
-                    draw_images(task, s, ks, net, vae, conds, device, bar)
+    for who in task.denoisers:
+        net = None  # the other's memory is free before this one is loaded
+        for s, ks in todo.items():
+            if s.who == who:
+                net = net or load_net(task, who, *how)
+                bar.set_postfix_str(s.name)
+                draw_images(task, s, ks, net, vae, conds, device, bar)
 
 
 def encode_prompts(
@@ -137,11 +149,11 @@ def encode_prompts(
 
 def load_net(task: Task, who: str, *how) -> nn.Module:
     """how: dtype and device."""
-    paths, family = task.denoisers[who], task.family
-    if who == "student":
-        net = load_saved(family, paths, *how, scale=task.adapter_scale)
+    family = task.family
+    if who in task.students:
+        net = task.students[who].load(task.files.get("denoiser"), *how, scale=task.adapter_scale)
     else:
-        net = family.load(family.preset.shift, paths, *how)
+        net = family.load(family.preset.shift, task.denoisers[who], *how, task.merge)
     return net.requires_grad_(False).eval()
 
 
@@ -166,7 +178,7 @@ def draw_images(
 
     task.folder(s).mkdir(parents=True, exist_ok=True)
     settings = settings_of(task, s)
-    taus = s.taus or times_of(task.family, net.schedule, s.steps, task.size, s.who == "student")
+    taus = s.taus or times_of(task.family, net.schedule, s.steps, task.size, s.who in task.students)
     for start in range(0, len(ks), task.batch):
         part = ks[start : start + task.batch]
         # As in the exam, whose images of the embedded teacher come with the code.

@@ -10,6 +10,7 @@ main, which tests call too.
 
 import argparse
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -132,13 +133,16 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
 
 def sample_arguments(about: str | None) -> argparse.Namespace:
     parser = Parser(description=about, **HOW)
-    parser.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
+    student = "a student: saved by train.py, or anybody's, a file or a folder"
+    parser.add_argument("--checkpoint", type=Path, help=student)
     known = ", ".join(names(trained=False))
     teacher = f"a teacher itself: {known}, or mine.py (which beside --checkpoint names its teacher)"
     parser.add_argument("--teacher", help=teacher)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to draw")
     what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    rows = "no image: how other programs draw with this student"
+    what.add_argument("--explain", type=Path, metavar="STUDENT", help=rows)
     steps = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
     parser.add_argument("--steps", type=int, may=COUNT, help=steps)
     sampler = "default: x0, euler for a teacher"
@@ -160,16 +164,17 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help=compile)
     last = "convolutions of UNet and autoencoder: channels innermost in memory"
     parser.add_argument("--channels-last", action="store_true", help=last)
+    add_said(parser)
     add_adapter_scale(parser)
     scale = "enlargement; default: 1, the embedded task 8"
     parser.add_argument("--scale", type=int, may=COUNT, help=scale)
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
     given = parser.parse_args()
-    given.checkpoint = student_file(given.checkpoint)
     try:
+        check_said(given)
         if given.teacher:
             find(given.teacher)
-        elif not given.checkpoint:
+        elif not (given.checkpoint or given.explain):
             raise Refusal("one of --checkpoint and --teacher is needed: who shall draw?")
         if given.out.suffix.lower() != ".png":
             name = f"--out {given.out}"
@@ -181,8 +186,9 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
 
 def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser = Parser(description=about, **HOW)
-    student = "a student saved by train.py"
-    parser.add_argument("--student", type=Path, required=True, help=student)
+    student = "students: saved by train.py, or anybody's, files or folders; a row each"
+    how = {"type": Path, "nargs": "+", "metavar": "STUDENT", "required": True}
+    parser.add_argument("--student", help=student, **how)
     teacher = f"{', '.join(names())}, a file of its denoiser, or mine.py; default: the student's"
     parser.add_argument("--teacher", help=teacher)
     what = parser.add_mutually_exclusive_group()
@@ -208,6 +214,7 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
     parser.add_argument("--weights", default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    add_said(parser)
     add_adapter_scale(parser)
     parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
     for title, repo, file in (
@@ -220,21 +227,16 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
         parser.add_argument(f"--{title.lower()}", type=Path, metavar="FILE", help=weights)
     resamples = "of the bootstrap; default: 50"
     parser.add_argument("--resamples", type=int, may=Range(low=2), default=50, help=resamples)
-    out = "folder of images and results; default: evaluation/ beside the student"
+    out = "folder of images and results; default: evaluation/ beside the first student"
     parser.add_argument("--out", type=Path, help=out)
     given = parser.parse_args()
-    given.student = student_file(given.student)
     try:
+        check_said(given)
         if given.teacher and not denoiser_file(given.teacher):
             find(given.teacher)
     except Refusal as error:
         refuse(error)
     return given
-
-
-def student_file(path: Path | None) -> Path | None:
-    """A run's folder stands for the student in it."""
-    return path / "student.safetensors" if path and path.is_dir() else path
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -335,6 +337,23 @@ def add_base(parser: Parser) -> None:
     parser.add_argument("--base", default="", metavar="FILE", help=base)
     merge = "LoRA files added to that first"
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE[:SCALE]", help=merge)
+
+
+def add_said(parser: Parser) -> None:
+    """What a student that train.py did not write leaves unsaid."""
+    taus = "where such a student is called, falling from 1, after any shift"
+    how = {"type": float, "nargs": "+", "metavar": "T", "may": Range(above=0, high=1)}
+    parser.add_argument("--taus", help=taus, **how)
+    shift = "of its flow's times at other numbers of steps; default: its teacher's preset"
+    parser.add_argument("--shift", type=float, may=POSITIVE, help=shift)
+    keep = "keep what flags say of it in a student.json beside it"
+    parser.add_argument("--remember", action="store_true", help=keep)
+
+
+def check_said(given: argparse.Namespace) -> None:
+    """ValueError for anchors that cannot be."""
+    if given.taus and any(a <= b for a, b in itertools.pairwise(given.taus)):
+        raise Refusal(f"--taus is {shown(given.taus)}; anchors fall, each below the one before")
 
 
 def add_size(parser: Parser, default: str) -> None:

@@ -161,7 +161,9 @@ class Meter(TorchDispatchMode):
         self.again: Counter[str] = Counter()  # of these, what a backward pass computes again
         self.kernels: Counter[tuple[int, int, bool]] = Counter()  # (FLOPs, bytes, in 16 bits)
         self.collectives: Counter[str] = Counter()  # bytes
-        self.flops_of_call: dict[str, int] = {}  # of a network's last call without a gradient
+        # Of a network's last call without a gradient.
+        self.flops_of_call: dict[str, int] = {}
+        self.kernels_of_call: dict[str, Counter] = {}
 
     # --- networks --------------------------------------------------------------------------------
 
@@ -197,12 +199,14 @@ class Meter(TorchDispatchMode):
 
     def run(self, method: Callable, part: str, *args, **kwargs):
         before, self.part, flops = self.part, part, sum(self.flops.values())
+        kernels = Counter(self.kernels)
         try:
             out = method(*args, **kwargs)
         finally:
             self.part = before
         if not torch.is_grad_enabled():
             self.flops_of_call[part] = sum(self.flops.values()) - flops
+            self.kernels_of_call[part] = self.kernels - kernels
         for x in tensors_in(out):
             if x.requires_grad:
                 x.register_hook(functools.partial(self.enter, part))

@@ -24,6 +24,7 @@ from engine.batch import ids_of
 from engine.calls import PARTS, turns
 from engine.cards import CARDS, Card
 from engine.meter import CPU, Meter
+from engine.reals import teacher_calls
 from engine.unloaded import Run, one_of, without_files
 from schedule import Rng
 from teachers import find
@@ -46,6 +47,7 @@ class Turn:
     collectives: Counter  # bytes
     waits: int
     call: int  # FLOPs of the student's call without a gradient
+    call_kernels: Counter  # and its kernels
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80
                 **{"again": meter.again, "loaded": loaded, "kernels": meter.kernels},
                 **{"collectives": meter.collectives, "waits": meter.waits},
                 call=meter.flops_of_call.get("student", 0),
+                call_kernels=meter.kernels_of_call.get("student", Counter()),
             )
         bar.close()
         drawn = min(1, len(taus) - 1) * (cfg.p_backward > 0)
@@ -195,6 +198,20 @@ def seconds(plan: Plan, card: Card) -> float:
     return learn / plan.cfg.ttur + other * (1 - 1 / plan.cfg.ttur)
 
 
+def reals(plan: Plan, card: str) -> list[str]:
+    """What the images of --make-reals take, before training: the teacher's calls, which take as
+    long as the student's. Their decoding is not counted."""
+    cfg, turn = plan.cfg, plan.turns.get(False, plan.turns[True])
+    calls = teacher_calls(cfg, find(cfg.teacher)) * cfg.make_reals / cfg.batch
+    hours = calls * CARDS[card].seconds(turn.call_kernels) / plan.gpus / 3600
+    each = calls * turn.call / cfg.make_reals / 1e12
+    name, many = f"making {cfg.make_reals:,} images", f"{plan.gpus} x {card}"
+    return [
+        f"{name + ', TFLOP of each':<38}{each:>16.4g}",
+        f"{name + ', hours':<38}{hours:>16.3g}  {many}, by roofline: really about twice as long",
+    ]
+
+
 def cards(plan: Plan, twice: Plan) -> list[str]:
     """Which fit, how fast, and with which batch. twice: the plan of a batch twice as large."""
     lines = [f"{'card':<12}{'GB':>6}  {'largest batch':<16}{'s / iteration':>14}{'s / image':>11}"]
@@ -236,6 +253,8 @@ def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> i
     memory = 1e9 * (CARDS[given.card].memory if given.card else given.gpu_memory)
     plan = measure(cfg, train_step, given.gpus, memory)
     print(report(plan, memory))
+    if cfg.make_reals:
+        print("\n".join(reals(plan, given.card or "h100")))
     if given.card:
         name, spent = f"seconds of an iteration, {given.card}", seconds(plan, CARDS[given.card])
         print(f"{name:<38}{spent:>16.4g}")

@@ -29,6 +29,7 @@ from engine.run import Run, say
 from nets.weights import as_named, merge_weights, read_metadata, stream_weights, write
 from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find
+from teachers.elsewhere import modelspec
 from teachers.lora import format_of, lora_tensors, read_lora
 
 
@@ -79,12 +80,10 @@ def check_export(cfg: Config, family: Teacher) -> None:
 
 def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
     """What a student's file says of itself."""
-    name = nets.family.name
     return {
-        "format": "pt",
-        "modelspec.architecture": name,
-        "modelspec.title": f"SenseFlow {cfg.student_steps}-step student of {name}",
-        "teacher": name,
+        "format": "pt",  # without it some loaders refuse the file
+        **modelspec(nets.family, cfg.student_steps, cfg.size),
+        "teacher": nets.family.name,
         "sampler": "x0",
         "steps": str(cfg.student_steps),
         "shift": str(cfg.shift),
@@ -116,8 +115,9 @@ def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Pa
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         tensors = lora_tensors(family, kind, added, nets.teacher)
         tensors = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
-        more = {"modelspec.architecture": f"{family.name}/lora", "guidance": str(cfg.guidance)}
-        more |= {"rank": str(cfg.adapter), "alpha": str(cfg.adapter), "lora_format": kind}
+        more = modelspec(family, cfg.student_steps, cfg.size, lora=True)
+        more |= {"guidance": str(cfg.guidance), "lora_format": kind}
+        more |= {"rank": str(cfg.adapter), "alpha": str(cfg.adapter)}
         write(tensors, path, about | more)
     return path
 

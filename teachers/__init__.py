@@ -50,6 +50,7 @@ class Teacher:
     # Few-step models its makers distilled from it, by the name of their file: what a student's
     # metadata would say (see students.py); sample.py and evaluate.py take them for students.
     released: dict[str, dict[str, str]] = {}
+    elsewhere: object = None  # what of it other programs call how: see elsewhere.py
     licence = ""  # said by --help, where it is not free
     sampled_at_once = 1  # images at a time, by default; sample.py and evaluate.py ask
     measured_at_once = 8  # images that evaluate.py's networks take at a time
@@ -190,6 +191,10 @@ class Teacher:
         for name, tensor in list(self.tensors_of(net, path, dtype, device, merge)):
             assign(net, name, tensor)
         return net
+
+    def fitting(self, path: Path) -> Teacher:
+        """Itself, or without a part that this student's file lacks; students.py asks."""
+        return self
 
     def read(
         self,

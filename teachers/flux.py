@@ -4,12 +4,14 @@ The guidance scale is an input of dev's network, which has no null caption; a st
 that input silenced. dev's times are shifted by the size of the image.
 """
 
+import math
 from dataclasses import replace
 
 from config import Config
 from nets.files import Files, Part
 from nets.names import Other
 from teachers import Networks, Teacher
+from teachers.elsewhere import Elsewhere
 from teachers.sizes import scaled_heads
 
 DEV = Config(
@@ -82,6 +84,14 @@ class Flux(Teacher):
     t5_tokens = 512
     with_adapters, lora_format = ADAPTERS, "kohya"
     repo, file = "black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"
+    elsewhere = Elsewhere(
+        "flux-1-dev",
+        "https://github.com/black-forest-labs/flux",
+        "FluxPipeline",
+        "FluxTransformer2DModel",
+        repo,
+        shift=math.exp(1.15),
+    )
 
     def parts(self) -> dict[str, Part]:
         t5 = [f"text_encoder_2/model-0000{k}-of-00002.safetensors" for k in (1, 2)]
@@ -143,6 +153,20 @@ class Flux(Teacher):
     def other_names(self) -> dict:
         return DIFFUSERS
 
+    def fitting(self, path) -> Teacher:
+        """Students of others, such as the paper's own, may lack the guidance embedder, which ours
+        have silenced."""
+        from nets.weights import files_of, places
+
+        if not self.sizes.denoiser.guidance or any(
+            "guidance" in name for name in places(files_of(path), "")
+        ):
+            return self
+        denoiser = replace(self.sizes.denoiser, guidance=False)
+        other = self.resized(replace(self.sizes, denoiser=denoiser))
+        other.guided_by = "none"
+        return other
+
     def load_text(self, files: Files, *how):
         from nets.clip import CLIP
         from nets.text import T5, FluxText, clip_tokenizer, t5_tokenizer
@@ -178,6 +202,7 @@ class Flux(Teacher):
 class Schnell(Flux):
     guided_by, only_sampled, t5_tokens = "none", True, 256
     repo, file = "black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors"
+    elsewhere = replace(Flux.elsewhere, architecture="flux-1-schnell", repo=repo, shift=1.0)
 
     def sampling_times(self, schedule, steps: int, size: tuple[int, int]) -> list[float]:
         from schedule import grid

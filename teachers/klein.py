@@ -5,12 +5,14 @@ turn of the chat template. One language model reads captions. The shift of the s
 depends on the number of image tokens and on the number of steps.
 """
 
+import math
 from dataclasses import replace
 
 from config import Config
 from nets.files import Files, Part
 from nets.names import Other
 from teachers import Networks, Teacher
+from teachers.elsewhere import Elsewhere
 from teachers.sizes import scaled_heads
 
 TAPS = (9, 18, 27)  # layers of Qwen3 after which its states are read
@@ -97,9 +99,18 @@ DIFFUSERS = {  # names of modules
 }
 
 
+def elsewhere_of(size: str, repo: str) -> Elsewhere:
+    """The times in ComfyUI: of a node of the makers', or by default."""
+    makers = "https://github.com/black-forest-labs/flux2"
+    classes = "Flux2KleinPipeline", "Flux2Transformer2DModel"
+    times = {"shift": math.exp(2.02), "scheduler": "Flux2Scheduler"}
+    return Elsewhere(f"Flux.2-klein-{size}", makers, *classes, repo, **times)
+
+
 class Klein(Teacher):
     with_adapters = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
     repo, file = "black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors"
+    elsewhere = elsewhere_of("4b", repo)
     tokens = 512  # of a caption, template and padding included
     shards, loose = 2, "qwen_3_4b.safetensors"  # of the text encoder; in one file elsewhere
     released = {
@@ -171,8 +182,6 @@ class Klein(Teacher):
         return [(Qwen3(self.sizes.llm), self.tokens)]
 
     def sampling_times(self, schedule, steps: int, size: tuple[int, int]) -> list[float]:
-        import math
-
         from schedule import Flow, grid
 
         _, height, width = self.latent_shape(size)
@@ -187,6 +196,7 @@ class Klein(Teacher):
 
 class Klein9B(Klein):
     repo, file = "black-forest-labs/FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors"
+    elsewhere = elsewhere_of("9b", repo)
     shards, loose = 4, "qwen_3_8b.safetensors"
     released = {"flux-2-klein-9b.safetensors": Klein.released["flux-2-klein-4b.safetensors"]}
     licence = "non-commercial licence"

@@ -2,6 +2,7 @@
 
     lora_tensors   A and B of each layer -> a file's tensors, in one of three formats
     read_lora      such a file, or anybody's -> A and B by layer; see merging.py
+    rank_of        whether a file is one
     load_adapted   a student's LoRA on its teacher's file -> one ordinary network
 
     kohya       lora_unet_<our name, dots as underscores>.lora_down.weight, .lora_up.weight, .alpha
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from adapter import Pairs, merged
 from config import LORA_FORMATS, Refusal
 from nets.names import renamed
-from nets.weights import assign, read_metadata
+from nets.weights import assign, open_weights
 from teachers import Teacher
 from teachers.merging import ALPHA, read_adapters, swap
 
@@ -77,17 +78,26 @@ def read_lora(path: Path, family: Teacher, net: nn.Module) -> Pairs:
     return read_adapters(path, family.known(), net)
 
 
+def rank_of(path: Path) -> int:
+    """Of the first adapter in a file; 0: it holds none."""
+    ends = tuple(end for _, end, _ in FORMATS.values())
+    with open_weights(path) as file:
+        first = next((name for name in file.keys() if name.endswith(ends)), None)  # noqa: SIM118
+        return file.get_slice(first).get_shape()[0] if first else 0
+
+
 def load_adapted(
     family: Teacher,
     path: Path,
+    about: Mapping[str, str],
     base: list[Path],
     dtype: torch.dtype,
     device: torch.device | str,
     scale: float = 1.0,
     merge: Sequence[str] = (),
 ) -> nn.Module:
-    """scale: of what the LoRA adds; 0: the teacher. merge: into that, before."""
-    about = read_metadata(path)
+    """about: of the LoRA, its shift and guidance; scale: of what it adds; 0: the teacher. merge:
+    into that, before."""
     net = family.load(float(about["shift"]), base, dtype, device, merge)
     added, own = read_lora(path, family, net), family.own_weights(net, float(about["guidance"]))
     state: Mapping[str, Tensor] = net.state_dict()

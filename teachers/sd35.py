@@ -10,6 +10,7 @@ from config import Config
 from nets.files import COMBINED, Files, Part
 from nets.names import Other
 from teachers import Networks, Teacher
+from teachers.elsewhere import Elsewhere
 from teachers.sizes import scaled_heads
 
 LARGE = Config(
@@ -47,6 +48,16 @@ MEDIUM = Config(
     lr_disc=1e-6,
 )
 ADAPTERS = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
+STABILITY = "https://github.com/Stability-AI/generative-models"
+
+
+def elsewhere_of(kind: str) -> Elsewhere:
+    repo = f"stabilityai/stable-diffusion-3.5-{kind}"
+    classes = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
+    times = {"shift": 3.0, "node": "ModelSamplingSD3", "shifted": 3.0}
+    return Elsewhere(f"stable-diffusion-3-5-{kind}", STABILITY, *classes, repo, **times)
+
+
 T5_TOKENS = 256  # diffusers' length; the released SenseFlow code pads to 77
 
 
@@ -99,7 +110,7 @@ DIFFUSERS = {  # names of modules, and of the position table
 class SD35(Teacher):
     """Large."""
 
-    optional = ("t5", "t5_tokenizer")
+    optional, elsewhere = ("t5", "t5_tokenizer"), elsewhere_of("large")
     with_adapters, lora_format = ADAPTERS, "diffusers"
     dimensions = {"width": 2432, "depth": 38, "heads": 38, "table": 192}
 
@@ -187,6 +198,7 @@ class SD35(Teacher):
 class SD35Medium(SD35):
     """Its first blocks have a second attention."""
 
+    elsewhere = elsewhere_of("medium")
     dimensions = {"width": 1536, "depth": 24, "heads": 24, "table": 384, "dual_blocks": 13}
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from config import Config
 from nets.files import COMBINED, Files, Part
 from teachers import Networks, Teacher
+from teachers.elsewhere import Elsewhere
 from teachers.sizes import scaled_groups
 
 SDXL_PRESET = Config(
@@ -95,6 +96,8 @@ AROUND = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+STABILITY = "https://github.com/Stability-AI/generative-models"
+NETWORK = "UNet2DConditionModel"
 
 
 class UNetTeacher(Teacher):
@@ -159,6 +162,11 @@ class UNetTeacher(Teacher):
 class SDXL(UNetTeacher):
     architecture = r"stable[-_ ]diffusion[-_ ]xl|sd[-_ ]?xl"
     repo, file = "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"
+    elsewhere = Elsewhere(
+        "stable-diffusion-xl-v1-base",
+        *(STABILITY, "StableDiffusionXLPipeline", NETWORK, repo),
+        keyword="unet",
+    )
     encoders = {
         "clip_l": "conditioner.embedders.0.transformer.",
         "clip_g": "conditioner.embedders.1.model.",
@@ -199,6 +207,11 @@ class SD15(UNetTeacher):
     architecture = r"stable[-_ ]diffusion[-_ ](v1|1)|sd[-_ ]?v?1"
     repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     file = "v1-5-pruned-emaonly.safetensors"
+    elsewhere = Elsewhere(
+        "stable-diffusion-v1",
+        *(STABILITY, "StableDiffusionPipeline", NETWORK, repo),
+        keyword="unet",
+    )
     encoders = {"clip_l": "cond_stage_model.transformer."}
     not_weights = (
         "cond_stage_model.transformer.text_model.embeddings.position_ids",

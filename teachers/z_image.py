@@ -10,6 +10,7 @@ usual one: v_u + g (v_c - v_u). The makers recommend theirs from 3 to 5, so here
 from config import Config
 from nets.files import Files, Part
 from teachers import Networks, Teacher
+from teachers.elsewhere import Elsewhere
 
 BASE = Config(
     teacher="z-image",
@@ -43,6 +44,17 @@ class ZImage(Teacher):
     not_weights = ("norm_final.weight",)  # in some files
     with_adapters = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full training
     repo, file = "Tongyi-MAI/Z-Image", "z_image_bf16.safetensors"
+    elsewhere = Elsewhere(
+        "Z-Image",
+        "https://github.com/Tongyi-MAI/Z-Image",
+        "ZImagePipeline",
+        "ZImageTransformer2DModel",
+        repo,
+        unguided=0.0,  # its scale is 1 less than the usual
+        shift=3.0,
+        node="ModelSamplingAuraFlow",
+        as_stored=True,
+    )
     released = {
         "z_image_turbo_bf16.safetensors": {
             "steps": "8",
