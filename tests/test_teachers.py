@@ -25,6 +25,7 @@ from dataset.sources import open_data
 from engine.build import open_training_data
 from schedule import DDPM, Flow, resolution_shift
 from teachers import configure, find
+from teachers.elsewhere import modelspec
 from teachers.students import load_student
 
 TRAINED = [name for name in SMALL if not find(name).only_sampled]
@@ -177,6 +178,9 @@ def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
     theirs = sorted(x for shard in files["denoiser"] for x in header(shard, prefix)[0])
     assert ours == theirs, "names, shapes and order are the teacher's"
     assert about["teacher"] == teacher and len(json.loads(about["taus"])) == 4
+    assert (
+        about.items() >= modelspec(find(teacher), 4, (32, 48)).items() and about["format"] == "pt"
+    )
     start = started(teacher, files).state_dict()
     end = load_student(student)[0].state_dict()
     still = {name for name, tensor in end.items() if torch.equal(tensor, start[name])}
@@ -195,13 +199,17 @@ def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
 def test_a_student_merged_back_is_the_official_file_but_for_its_denoiser(
     command, folder, pictures, tmp_path, teacher
 ):
-    """--export full: every name, shape and place; the other networks bit for bit."""
+    """--export full: every name, shape and place; the other networks bit for bit; and what the
+    official file says of itself, but for a digest of its weights."""
     out = tmp_path / "run"
     flags = flags_for(teacher, folder, pictures, out)
     code, _, err = command(train, *flags, "--no-gan", "--export", "full", "--steps", 1)
     assert code == 0, err
     base = find(teacher).locate(str(folder(teacher)))["denoiser"][0]
     assert header(out / "full.safetensors")[0] == header(base)[0]
+    about = header(out / "full.safetensors")[1]
+    assert about.pop("modelspec.license") == "theirs" and about["format"] == "pt"
+    assert about == header(out / "student.safetensors")[1]
     files = (out / "full.safetensors", base, out / "student.safetensors")
     full, official, student = map(load_file, files)
     prefix = find(teacher).prefix()

@@ -23,7 +23,7 @@ from nets.names import stored_as
 from nets.weights import as_named
 from schedule import Flow
 from teachers import configure, find
-from teachers.students import read_student
+from teachers.students import find_student
 from teachers.z_image import COMFYUI
 
 HERE = Path(__file__).parent
@@ -161,7 +161,7 @@ def test_times_and_guidance_are_the_official_ones(tmp_path):
     assert anchors == pytest.approx([1, 0.9474, 0.8571, 0.6667], abs=1e-4)
     assert cfg.shift == about["shift"] and cfg.guidance == 4.0 + 1
     save_file({"x": torch.ones(1)}, tmp_path / "z_image_turbo_bf16.safetensors")
-    turbo = read_student(tmp_path / "z_image_turbo_bf16.safetensors")
+    turbo = find_student(tmp_path / "z_image_turbo_bf16.safetensors").about
     assert [*json.loads(turbo["taus"]), 0.0] == pytest.approx(about["times_turbo"]["8"], abs=1e-4)
     assert float(turbo["shift"]) == about["shift_turbo"]
 
