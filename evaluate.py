@@ -41,7 +41,9 @@ from torch import nn
 from tqdm import tqdm
 
 from config import Refusal, refuse
-from dataset.images import BAD, Images, read_text
+from dataset.captions import read_text
+from dataset.images import Images
+from dataset.pixels import BAD
 from dataset.sources import open_data
 from digits.exam import Exam, aligned, format_table
 from engine import ranks

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config import Refusal
-from dataset.images import read_text
+from dataset.captions import read_text
 from engine import ranks
 from engine.batch import encode_all
 from engine.build import channels_last, check_base, check_compiler, identity, run_blocks

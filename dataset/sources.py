@@ -1,6 +1,6 @@
 """The data set that --data names.
 
-    open_data     images with captions (images.py has the forms), or captions alone
+    open_data     images with captions (folders.py and shards.py have the forms), or captions alone
     Prompts       captions alone, the lines of a text file
     open_source   where the images are
 
@@ -14,17 +14,11 @@ from pathlib import Path
 import torch
 
 from config import Refusal
-from dataset.images import (
-    Epochs,
-    ImageFiles,
-    Images,
-    Pairs,
-    Shards,
-    expand,
-    list_folder,
-    list_json,
-    read_text,
-)
+from dataset.captions import read_text
+from dataset.folders import ImageFiles, list_folder, list_json
+from dataset.images import Images, Pairs
+from dataset.order import Epochs
+from dataset.shards import Shards, expand
 
 FORMS = (
     "--data takes a folder of images with their captions in .txt files of the same names; a .json "

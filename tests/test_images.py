@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import images
+from dataset import pixels, shards
 from dataset.ahead import Ahead, batch_ids
-from dataset.images import Epochs, bucket_sizes, cut, expand, in_batches, tar_members, upright
+from dataset.order import Epochs, bucket_sizes, in_batches
+from dataset.pixels import cut, upright
+from dataset.shards import expand, tar_members
 from dataset.sources import open_data
 
 COUNT, SIZE = 24, (16, 16)
@@ -161,7 +163,7 @@ def test_a_random_crop_is_a_function_of_seed_and_number(tmp_path):
 def test_shards_are_read_window_by_window(write, monkeypatch):
     """24 samples in shards of 8, windows of 4: a window never reaches into more than two shards,
     the shards' order changes, and samples are shuffled within a window."""
-    monkeypatch.setattr(images, "WINDOW", 4)
+    monkeypatch.setattr(shards, "WINDOW", 4)
     source = open_data(write("shards with txt"), SIZE, 0).source
     orders = [source.order(torch.Generator().manual_seed(n)) for n in range(20)]
     for order in orders:
@@ -541,9 +543,9 @@ def test_no_damage_to_an_image_ends_a_run():
             broken = broken[: draw.randrange(len(broken))]
         try:
             cut(upright(bytes(broken)), SIZE, (0.5, 0.5))
-        except images.BAD as error:
+        except pixels.BAD as error:
             refused += 1
-            assert images.reason(error) and "\n" not in images.reason(error)
+            assert pixels.reason(error) and "\n" not in pixels.reason(error)
     assert 200 < refused < 1000
 
 
