@@ -1,24 +1,124 @@
-"""Captions as they are stored: text files, and fields of JSON objects.
+"""Captions as they are stored: text files, lines, fields of JSON objects.
 
-read_text   a file of text
-field       the first of several fields that is there
+    caption_of   a caption, or why it is none
+    as_text      bytes that must be UTF-8
+    parse_json   JSON, or why it is none
+    read_text    all of a file; lines, where it has several
+    read_lines   prompts, one a line
+
+A ValueError here says of a sample what is wrong with it; a Refusal, of a file that a flag names.
 """
 
+import json
+import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from config import Refusal
+from config import Refusal, is_text
+from dataset.files import read_bytes
 
 CAPTION_FIELDS = ("caption", "prompt", "text")
+TEXTS = (".txt", ".caption")  # captions beside images; the first that is there
+LONGEST = 100_000  # letters of a caption: encoders read some hundred words
+LARGEST = 2**31  # bytes of a list
+BREAK = re.compile("\r\n|\n|\r")  # no other ends a line: U+2028 and form feeds are text
 
 
-def field(entry: dict, names: Iterable[str]):
+def caption_of(value: object) -> str:
+    """Without blanks around it. ValueError for what is no caption."""
+    if value is None or (isinstance(value, str) and is_blank(value)):
+        raise ValueError("its caption is empty")
+    if not isinstance(value, str):
+        raise ValueError(f"its caption is no text but {named(value)}")
+    if not is_text(value):
+        raise ValueError("its caption is no UTF-8 text")
+    if len(value) > LONGEST:
+        raise ValueError(f"its caption has {len(value):,} letters, more than {LONGEST:,}")
+    return BREAK.sub("\n", value.strip())
+
+
+def named(value: object) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of it is seen: blanks, control characters, marks of width nought."""
+    kinds = ("Cc", "Cf", "Zs", "Zl", "Zp")
+    return all(unicodedata.category(letter) in kinds for letter in text)
+
+
+def as_text(stored: bytes) -> str:
+    try:
+        return stored.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("its caption is no UTF-8 text") from None
+
+
+def parse_json(text: str) -> object:
+    """ValueError in one line."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(str(error)) from None
+    except ValueError:  # Python reads no number of thousands of digits
+        raise ValueError("it has a number of too many digits") from None
+
+
+def first_of(entry: dict, names: Iterable[str]):
     """The first of these fields that is there, or None."""
     return next((entry[name] for name in names if name in entry), None)
 
 
-def read_text(path: Path) -> str:
+def read_caption(path: Path) -> str:
+    """Of a text file."""
+    return caption_of(as_text(read_bytes(path, 4 * LONGEST)))
+
+
+def read_whole(path: Path) -> bytes:
+    """A file that a flag names. Refusal, or OSError."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        return read_bytes(path, LARGEST)
+    except ValueError as error:
+        raise Refusal(f"{path}: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """A file that a flag names. Refusal, or OSError."""
+    try:
+        return read_whole(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Refusal(f"{path} is no UTF-8 text") from None
+
+
+def lines(text: str) -> list[str]:
+    return BREAK.split(text)
+
+
+def read_lines(path: Path) -> tuple[list[str], dict[int, str]]:
+    """The lines of a file of prompts that are not blank; by number, why one of them is none."""
+    prompts, faults = [], {}
+    stored = read_whole(path).removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(re.split(BREAK.pattern.encode(), stored), 1):
+        try:
+            text = as_text(line)
+            if not is_blank(text):
+                prompts.append(caption_of(text))
+        except ValueError as error:
+            faults[number] = str(error).replace("its caption", "it")
+    return prompts, faults
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line, all of which are wanted. Refusal, or OSError."""
+    prompts, faults = read_lines(path)
+    if faults:
+        first = ", ".join(f"line {number} ({why})" for number, why in list(faults.items())[:5])
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise Refusal(f"{path}: {first}{more}")
+    if not prompts:
+        raise Refusal(f"{path} holds no prompt; give one a line")
+    return prompts

@@ -1,26 +1,49 @@
-"""Image files with their captions, from a folder or from a list.
+"""Image files with their captions: what a folder holds, what a list names.
 
-ImageFiles    items by number: an image, its caption, its name
-list_folder   images with text files beside them
-list_json     what a list names
+ImageFiles     items by number: an image, its caption, its name
+look_through   all that is in a folder and below it, by what it is
+list_folder    images with text files beside them
+list_json      what a list names
 """
 
-import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import Refusal
-from dataset.captions import CAPTION_FIELDS, field, read_text
-from dataset.pixels import SUFFIXES
+from config import Refusal, home
+from dataset.captions import (
+    CAPTION_FIELDS,
+    TEXTS,
+    caption_of,
+    first_of,
+    lines,
+    parse_json,
+    read_caption,
+    read_text,
+)
+from dataset.files import by_suffix, counted, is_hidden, read_bytes, what_is
+from dataset.pixels import LARGEST, SUFFIXES
 
 
 class ImageFiles:
-    """Image files, each with its caption or the text file that holds it."""
+    """Image files, each with its caption or the text file that holds it.
 
-    def __init__(self, images: list[Path], captions: list[str | Path], faults: dict[str, str]):
-        self.images, self.captions, self.faults = images, captions, faults
+    root: what their names begin at; None: at what they have in common.
+    """
+
+    def __init__(
+        self,
+        images: list[Path],
+        captions: list[object],
+        faults: dict[str, str],
+        root: Path | None = None,
+    ):
+        self.images, self.captions, self.faults, self.root = images, captions, faults, root
 
     def __len__(self) -> int:
         return len(self.images)
@@ -28,28 +51,127 @@ class ImageFiles:
     def name(self, item: int) -> str:
         return str(self.images[item])
 
+    def keys(self, items: range) -> Iterator[str]:
+        """Their names wherever they lie."""
+        if self.root is None and self.images:
+            folders = {os.path.dirname(os.path.abspath(image)) for image in self.images}
+            self.root = Path(os.path.commonpath(folders))
+        for item in items:
+            yield os.path.relpath(self.images[item], self.root)
+
     def image(self, item: int, limit: int = -1) -> bytes:
         """The file, or its first `limit` bytes."""
-        with open(self.images[item], "rb") as file:
-            return file.read(limit)
+        return read_bytes(self.images[item], LARGEST, limit)
 
     def caption(self, item: int) -> str:
         caption = self.captions[item]
-        return read_text(caption) if isinstance(caption, Path) else caption
+        return read_caption(caption) if isinstance(caption, Path) else caption_of(caption)
 
     def order(self, draw: torch.Generator) -> Tensor:
         return torch.randperm(len(self), generator=draw)
 
 
-def list_folder(path: Path) -> ImageFiles:
-    """NAME.jpg (.jpeg, .png, .webp) with NAME.txt beside it, in any depth of folders."""
-    files = set(path.rglob("*"))
-    images = sorted(p for p in files if p.suffix.lower() in SUFFIXES)
-    chosen = [p for p in images if p.with_suffix(".txt") in files]
-    bare = len(images) - len(chosen)
-    faults = {str(path): f"{bare} images without a caption"} if bare else {}
-    return ImageFiles(chosen, [p.with_suffix(".txt") for p in chosen], faults)
+# --- a folder ------------------------------------------------------------------------------------
 
+
+@dataclass
+class Found:
+    """What is in a folder."""
+
+    images: list[Path] = field(default_factory=list)
+    texts: dict[str, dict[str, Path]] = field(default_factory=dict)  # path without suffix -> files
+    tars: list[Path] = field(default_factory=list)
+    passed: Counter = field(default_factory=Counter)  # what is none of these, by reason
+
+
+def look_through(path: Path) -> Found:
+    """In any depth; folders that links lead to too, each folder once. OSError if it cannot be read.
+
+    Hidden files, and those that systems leave, are never data.
+    """
+    found = Found()
+    for folder, name in walk(path, found.passed):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES:
+            found.images.append(Path(folder, name))
+        elif suffix.lower() in TEXTS:
+            texts = found.texts.setdefault(os.path.join(folder, stem), {})
+            texts.setdefault(suffix.lower(), Path(folder, name))
+        elif suffix.lower() == ".tar":
+            found.tars.append(Path(folder, name))
+        else:
+            found.passed[by_suffix(suffix)] += 1
+    found.images.sort()
+    found.tars.sort()
+    return found
+
+
+def walk(root: Path, passed: Counter) -> Iterator[tuple[str, str]]:
+    """Folder and name of every file that is not hidden; what else there is, into `passed`.
+
+    Folders first, then those that links lead to: what is reached both ways is read once, there.
+    """
+    seen: set[tuple[int, int]] = set()
+    real, linked = [str(root)], []
+    while real or linked:
+        folder = real.pop() if real else linked.pop()
+        try:
+            about = os.stat(folder)
+            if (about.st_dev, about.st_ino) in seen:
+                passed["links to folders that are there already"] += 1
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if folder == str(root):
+                raise
+            passed[f"folders that cannot be read ({error.strerror})"] += 1
+            continue
+        for entry in inside:
+            kind = kind_of(entry)
+            if is_hidden(entry.name):
+                suffix = os.path.splitext(entry.name)[1].lower()
+                data = kind == "a file" and suffix in (*SUFFIXES, *TEXTS, ".tar")
+                passed["hidden or system files"] += data
+                passed["hidden or system folders"] += kind == "a folder"
+            elif kind == "a folder":
+                (linked if entry.is_symlink() else real).append(entry.path)
+            elif kind == "a file":
+                yield folder, entry.name
+            else:
+                passed["links to nothing" if "link" in kind else f"{kind[2:]}s"] += 1
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """What it is, or what a link leads to."""
+    if entry.is_file(follow_symlinks=False):  # known without asking the disk
+        return "a file"
+    try:
+        return what_is(entry.stat().st_mode) or "a file"
+    except OSError:
+        return "a link to nothing"
+
+
+def list_folder(path: Path, found: Found) -> ImageFiles:
+    """NAME.jpg (or another suffix of images) with NAME.txt or NAME.caption beside it."""
+    images, texts, passed = [], [], Counter(found.passed)
+    unused = dict(found.texts)
+    for image in found.images:
+        stem = os.path.splitext(image)[0]
+        stem = stem if stem in found.texts else str(image)  # a.jpg.txt beside a.jpg
+        unused.pop(stem, None)
+        if beside := found.texts.get(stem):
+            images.append(image)
+            texts.append(first_of(beside, TEXTS))
+        else:
+            passed["images without a caption"] += 1
+    passed["captions without an image"] += len(unused)
+    passed = +passed  # those that are more than none
+    return ImageFiles(images, texts, {str(path): counted(passed)} if passed else {}, path)
+
+
+# --- a list --------------------------------------------------------------------------------------
 
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name")
 
@@ -60,27 +182,47 @@ def list_json(path: Path) -> ImageFiles:
     An object of parallel lists, {"keys": [], "image_paths": [], "prompts": []} in the official
     code; a list of objects {"image": "a.jpg", "caption": "..."}; or such objects, one a line.
     """
-    text = read_text(path)
-    try:
-        if path.suffix == ".json":
-            entries = json.loads(text)
-        else:
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{path} is not the JSON its name says ({error})") from None
+    entries = read_entries(path)
     if isinstance(entries, dict):
-        images = field(entries, [f"{name}s" for name in IMAGE_FIELDS])
-        captions = field(entries, [f"{name}s" for name in CAPTION_FIELDS])
+        images = first_of(entries, [f"{name}s" for name in IMAGE_FIELDS])
+        captions = first_of(entries, [f"{name}s" for name in CAPTION_FIELDS])
         sound = isinstance(images, list) and isinstance(captions, list)
         if not sound or len(images) != len(captions):
             raise Refusal(f"{path} needs lists of one length, image_paths and prompts")
     else:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise Refusal(f'{path} needs objects {{"image": ..., "caption": ...}}')
-        images = [field(entry, IMAGE_FIELDS) for entry in entries]
-        captions = [field(entry, CAPTION_FIELDS) for entry in entries]
+        images = [first_of(entry, IMAGE_FIELDS) for entry in entries]
+        captions = [first_of(entry, CAPTION_FIELDS) for entry in entries]
     for number, image in enumerate(images, 1):
         if not isinstance(image, str) or not image:
             raise Refusal(f"{path}: entry {number} names no image")
-    captions = [caption if isinstance(caption, str) else "" for caption in captions]
-    return ImageFiles([path.parent / image for image in images], captions, {})
+        if image.startswith(("http://", "https://")):
+            raise Refusal(f"{path}: entry {number} is an address ({image[:60]}); fetch the images")
+    return ImageFiles([listed(path.parent, image) for image in images], captions, {})
+
+
+def read_entries(path: Path):
+    """What a list's JSON is. Refusal."""
+    text = read_text(path)
+    if path.suffix.lower() == ".json":
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            raise Refusal(f"{path} is not the JSON its name says ({error})") from None
+    entries = []
+    for number, line in enumerate(lines(text), 1):
+        try:
+            entries += [parse_json(line)] if line.strip() else []
+        except ValueError as error:
+            why = f"line {number}: {error}"
+            raise Refusal(f"{path} is not the JSON its name says ({why})") from None
+    return entries
+
+
+def listed(folder: Path, image: str) -> Path:
+    """An image of a list in `folder`; Windows has backslashes between folders."""
+    path = folder / home(image)
+    if "\\" in image and not os.path.lexists(path):
+        return folder / image.replace("\\", "/")
+    return path

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from config import Refusal
+from config import Refusal, legible
 from dataset.folders import ImageFiles
 from dataset.order import Epochs, bucket_sizes, in_batches
 from dataset.pixels import BAD, FORMATS, cut, reason, upright
@@ -41,7 +41,11 @@ def aspect(source: ImageFiles | Shards, item: int) -> float:
     """Height over width, upright, from the start of the file if that tells; 1 where it is bad."""
     for limit in (1 << 16, -1):
         try:
-            with Image.open(io.BytesIO(source.image(item, limit)), formats=FORMATS) as image:
+            stored = source.image(item, limit)
+            with Image.open(io.BytesIO(stored), formats=FORMATS) as image:
+                if image.format == "TIFF":  # whose size pillow turns before or after it is decoded
+                    image = upright(source.image(item))
+                    return image.height / image.width
                 # PNG's own getexif would decode all of the image to look behind it
                 turned = Image.Image.getexif(image).get(0x0112, 1) >= 5
                 return image.width / image.height if turned else image.height / image.width
@@ -78,9 +82,9 @@ class Images:
             self.buckets = distance.argmin(dim=1)
         length = math.ceil(len(source) / batch) * batch if buckets else len(source)
         self.epochs = Epochs(length, self._order, seed)
-        self.bad: dict[str, str] = dict(source.faults)  # name -> reason
+        self.bad_items: dict[int, str] = {}  # why; a file may be several items, some of them good
         self.seen: set[int] = set()  # items
-        self.said = 0  # how many of the bad have been named
+        self.said = -1  # how many of the bad have been named; -1: nor what was passed over
         self.lock = threading.Lock()
 
     def __call__(self, ids: range | list[int]) -> Pairs:
@@ -90,13 +94,22 @@ class Images:
         captions, images, sizes = zip(*(self._sample(i, *shapes) for i in ids), strict=True)
         return Pairs(list(captions), torch.stack(images), torch.tensor(sizes))
 
+    @property
+    def bad(self) -> dict[str, str]:
+        """By name: what was passed over, damaged tars, bad samples; why."""
+        return self.source.faults | {self.source.name(k): why for k, why in self.bad_items.items()}
+
     def remark(self) -> str:
         """What is new about bad samples, in one line, or ""."""
         with self.lock:
-            news, self.said = list(self.bad.items())[self.said :], len(self.bad)
-            if not news:
+            first, news = self.said < 0, list(self.bad_items)[max(self.said, 0) :]
+            self.said = len(self.bad_items)
+            passed = self.source.faults if first else {}
+            parts = {"passed over": passed, "bad data": self._why(news)}
+            told = [f"{title}: {named(found)}" for title, found in parts.items() if found]
+            if not told:
                 return ""
-            return f"bad data: {self._named(news)}; {self._count()} of {len(self.seen)} samples"
+            return f"{'; '.join(told)}; {len(self.bad_items)} of {len(self.seen)} samples are bad"
 
     def _order(self, draw: torch.Generator) -> Tensor:
         order = self.source.order(draw)
@@ -114,34 +127,34 @@ class Images:
             where = torch.rand(2, generator=generator("crop", self.seed, i)).tolist()
         for k in range(i, i + self.epochs.length):
             item = self.epochs.item(k)
-            if self.source.name(item) in self.bad:
+            if item in self.bad_items:
                 continue
             try:
                 caption = self.source.caption(item)
-                if not caption:
-                    raise ValueError("its caption is empty")
                 image = upright(self.source.image(item))
             except BAD as error:
                 self._note(item, reason(error))
                 continue
             self._note(item)
             return caption, *cut(image, size, where)
-        raise Refusal(f"no sample can be read: {self._named(list(self.bad.items()))}")
+        raise Refusal(f"no sample can be read: {named(self.bad)}")
 
     def _note(self, item: int, why: str = "") -> None:
         with self.lock:
             self.seen.add(item)
             if why:
-                self.bad[self.source.name(item)] = why
-            bad, seen = self._count(), len(self.seen)
+                self.bad_items[item] = why
+            bad, seen = len(self.bad_items), len(self.seen)
             if bad > BAD_SHARE * max(seen, 20, min(BAD_OF, len(self.source))):
-                named = self._named(list(self.bad.items()))
-                raise Refusal(f"{bad} of {seen} samples are bad, repair or remove them: {named}")
+                which = named(self._why(list(self.bad_items)))
+                raise Refusal(f"{bad} of {seen} samples are bad, repair or remove them: {which}")
 
-    def _count(self) -> int:
-        return len(self.bad) - len(self.source.faults)
+    def _why(self, items: list[int]) -> dict[str, str]:
+        """By name, of bad items."""
+        return {self.source.name(item): self.bad_items[item] for item in items}
 
-    def _named(self, bad: list[tuple[str, str]]) -> str:
-        """The first five."""
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return ", ".join(f"{name} ({why})" for name, why in bad[:5]) + more
+
+def named(bad: dict[str, str]) -> str:
+    """The first five, as they may be shown."""
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return ", ".join(f"{legible(name)} ({why})" for name, why in list(bad.items())[:5]) + more

@@ -1,5 +1,6 @@
 """One image: as RGB, upright, cut to size.
 
+FORMATS   what is read, SUFFIXES how such files are called
 upright   a stored image as RGB
 cut       scaled to cover a size, cropped to it
 reason    why one could not be read
@@ -10,11 +11,15 @@ import struct
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]
+SUFFIXES = [".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".png", ".apng", ".webp"]
+SUFFIXES += [".bmp", ".dib", ".tif", ".tiff", ".gif"]
+if "avif" in features.modules and features.check("avif"):  # not every pillow has it
+    FORMATS, SUFFIXES = [*FORMATS, "AVIF"], [*SUFFIXES, ".avif"]
+LARGEST = 2**29  # bytes of an image's file
 # What pillow raises on damaged files (flipping bytes shows most of them), and we on captions.
 BAD = (
     OSError,
@@ -33,8 +38,11 @@ def upright(stored: bytes) -> Image.Image:
     """An image file as RGB, turned as its EXIF data says, what is transparent over white."""
     with Image.open(io.BytesIO(stored), formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # grey of 16 bits, which convert() would clip at 255
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its grey has 32 bits, whose white nobody knows")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -63,7 +71,9 @@ def cut(
 def reason(error: Exception) -> str:
     """What to say of a bad sample, in one line."""
     if isinstance(error, UnidentifiedImageError):  # its own text names no file but an address
-        return "no JPEG, PNG or WebP image"
+        return "no JPEG, PNG or WebP image, nor another that is read"
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is no UTF-8 text"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,14 +17,18 @@ from config import (
     AMOUNT,
     ANY,
     COUNT,
+    PLACES,
     POSITIVE,
     Choice,
     Config,
     Parser,
     Range,
     Refusal,
+    Text,
     flag,
+    home,
     near,
+    place,
     refuse,
     shown,
 )
@@ -119,6 +123,7 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
             options["nargs"] = "*" if rest[-1] is Ellipsis else 1 + len(rest)
         if not isinstance(about["may"], Choice):
             options["metavar"] = kind.__name__.upper()
+        kind = home if field.name in (*PLACES, "teacher") else kind
         flags[field.name] = group.add_argument(name, type=kind, may=about["may"], **options)
         if field.name in SWITCHES:
             switch, off = SWITCHES[field.name]
@@ -132,26 +137,27 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
 
 def sample_arguments(about: str | None) -> argparse.Namespace:
     parser = Parser(description=about, **HOW)
-    parser.add_argument("--checkpoint", type=Path, help="a student saved by train.py")
+    parser.add_argument("--checkpoint", type=place, help="a student saved by train.py")
     known = ", ".join(names(trained=False))
     teacher = f"a teacher itself: {known}, or mine.py (which beside --checkpoint names its teacher)"
-    parser.add_argument("--teacher", help=teacher)
+    parser.add_argument("--teacher", type=home, help=teacher)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="what to draw")
-    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    what.add_argument("--prompt", may=Text(), help="what to draw")
+    what.add_argument("--prompts", type=place, help="a text file, one prompt a line")
     steps = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
     parser.add_argument("--steps", type=int, may=COUNT, help=steps)
     sampler = "default: x0, euler for a teacher"
     parser.add_argument("--sampler", may=SAMPLER, help=sampler)
     guidance = "default: none, a teacher's own for a teacher"
     parser.add_argument("--guidance", type=float, may=AMOUNT, help=guidance)
-    parser.add_argument("--negative", default="", help="negative prompt, where guidance takes one")
+    negative = "negative prompt, where guidance takes one"
+    parser.add_argument("--negative", may=Text(), default="", help=negative)
     add_size(parser, "what the teacher was made for")
     seed = "one image of each prompt per seed"
     parser.add_argument("--seed", type=int, may=ANY, nargs="+", default=[0], help=seed)
     batch = "images at a time; default: 64 digits, else 1"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
-    parser.add_argument("--weights", default="", help="folder of the official files")
+    parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     add_base(parser)
     without = "SD 3.5: read prompts without T5, which need not be there then"
     parser.add_argument("--no-t5", action="store_true", help=without)
@@ -163,7 +169,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     add_adapter_scale(parser)
     scale = "enlargement; default: 1, the embedded task 8"
     parser.add_argument("--scale", type=int, may=COUNT, help=scale)
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
+    parser.add_argument("--out", type=place, default=Path("out.png"), help="default: out.png")
     given = parser.parse_args()
     given.checkpoint = student_file(given.checkpoint)
     try:
@@ -182,13 +188,15 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
 def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser = Parser(description=about, **HOW)
     student = "a student saved by train.py"
-    parser.add_argument("--student", type=Path, required=True, help=student)
+    parser.add_argument("--student", type=place, required=True, help=student)
     teacher = f"{', '.join(names())}, a file of its denoiser, or mine.py; default: the student's"
-    parser.add_argument("--teacher", help=teacher)
+    parser.add_argument("--teacher", type=home, help=teacher)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    what.add_argument("--prompts", type=place, help="a text file, one prompt a line")
     data = "the captions of these images, or prompts; as for train.py"
-    what.add_argument("--data", help=f"{data} (default: data; the embedded task: its exam)")
+    what.add_argument(
+        "--data", type=home, help=f"{data} (default: data; the embedded task: its exam)"
+    )
     steps = "the student's numbers of steps; default: 1,2,4,8"
     parser.add_argument("--steps", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help=steps)
     steps = "of the teacher's images that others are held against; default: 50"
@@ -206,10 +214,10 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     add_size(parser, "the student's")
     batch = "images at a time; default: 256 digits, else 1"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
-    parser.add_argument("--weights", default="", help="folder of the official files")
+    parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
     add_adapter_scale(parser)
-    parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
+    parser.add_argument("--inception", type=place, help="weights file of the FID's network")
     for title, repo, file in (
         ("CLIP-g", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.safetensors"),
         ("CLIP-H", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
@@ -217,11 +225,11 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
         ("HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     ):
         weights = f"its weights, adds {title}; {file} of {repo}"
-        parser.add_argument(f"--{title.lower()}", type=Path, metavar="FILE", help=weights)
+        parser.add_argument(f"--{title.lower()}", type=place, metavar="FILE", help=weights)
     resamples = "of the bootstrap; default: 50"
     parser.add_argument("--resamples", type=int, may=Range(low=2), default=50, help=resamples)
     out = "folder of images and results; default: evaluation/ beside the student"
-    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--out", type=place, help=out)
     given = parser.parse_args()
     given.student = student_file(given.student)
     try:
@@ -262,7 +270,7 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     """The preset with what of it was given, and all arguments."""
     parser = Parser(description=about, **HOW)
     teacher = f"whose preset is timed: {', '.join(names())}, or mine.py; default: digits"
-    parser.add_argument("--teacher", default="digits", help=teacher)
+    parser.add_argument("--teacher", type=home, default="digits", help=teacher)
     add_size(parser, "the preset's")
     batch = "samples; default: the preset's"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
@@ -283,7 +291,7 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     may, how = Range(low=1, high=4), {"metavar": "N", "nargs": "+", "default": every}
     parser.add_argument("--parts", type=int, may=may, help=parts, **how)
     out = "a JSON file; default: none, of --gpu-check gpu-check.json"
-    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--out", type=place, help=out)
     given = parser.parse_args()
     flags = {name: getattr(given, name) for name in ("size", "batch", "recompute", "disc_channels")}
     try:
@@ -311,7 +319,7 @@ def ablation_arguments(about: str | None) -> argparse.Namespace:
     jobs, cores = "runs at once; default: {}, the number of cores", os.cpu_count()
     parser.add_argument("--jobs", type=int, may=COUNT, default=cores, help=jobs.format(cores))
     out = Path("runs/ablation")
-    parser.add_argument("--out", type=Path, default=out, help=f"default: {out}")
+    parser.add_argument("--out", type=place, default=out, help=f"default: {out}")
     given = parser.parse_args()
     if "RANK" in os.environ:
         refuse("torchrun is not needed; --jobs runs several at once")

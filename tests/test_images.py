@@ -423,7 +423,7 @@ def damaged(kind: str) -> tuple[bytes, bytes]:
         "truncated": (jpeg[: len(jpeg) // 2], b"half"),
         "no image": (b"<html>gone</html>", b"gone"),
         "empty image": (b"", b"nothing"),
-        "gif": (encoded(flat(0), "GIF"), b"another format"),
+        "icon": (encoded(flat(0), "ICO"), b"another format"),
         "empty caption": (jpeg, b""),
         "blank caption": (jpeg, b" \n\t"),
         "caption not UTF-8": (jpeg, "größer".encode("latin-1")),
@@ -435,7 +435,7 @@ WHY = {
     "truncated": "truncated",
     "no image": "no JPEG, PNG or WebP",
     "empty image": "no JPEG, PNG or WebP",
-    "gif": "no JPEG, PNG or WebP",
+    "icon": "no JPEG, PNG or WebP",
     "empty caption": "caption is empty",
     "blank caption": "caption is empty",
     "caption not UTF-8": "no UTF-8",
@@ -683,11 +683,12 @@ def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
     image = good()[0][0]
     members = [("a.png", image), ("b.png", image), ("b.txt", b"one"), ("c.txt", b"alone")]
     tar = write_tar(tmp_path / "y" / "0.tar", members)
-    for place, left in ((path, 2), (tar, 1)):
+    why = "1 images without a caption"
+    for place, left, more in ((path, 2, ""), (tar, 1, ", 1 captions without an image")):
         data = open_data(str(place), SIZE, 0)
         assert len(data.source) == left
-        assert data.bad == {str(place): "1 images without a caption"} and data.remark()
+        assert data.bad == {str(place): why + more} and data.remark()
     with pytest.raises(
-        ValueError, match="holds no image with a caption; .*0.tar: 1 images without"
+        ValueError, match=r"holds no image with a caption; .*0.tar \(1 images without"
     ):
         open_data(str(write_tar(tar, members[:1])), SIZE, 0)
