@@ -456,12 +456,15 @@ def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
 
 
 def differences(old: dict, new: Config) -> list[str]:
-    """Fields, housekeeping aside, in which a saved configuration differs: "field: old -> new"."""
+    """Fields, housekeeping aside, in which a saved configuration differs: "field: old -> new".
+
+    Whether the data are the same, dataset/identity.py says: their path does not.
+    """
     now = dataclasses.asdict(new)
     as_list = {
         name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
     }
-    names = [name for name in as_list if name not in HOUSEKEEPING + SHARED_OUT]
+    names = [name for name in as_list if name not in (*HOUSEKEEPING, *SHARED_OUT, "data")]
     return [
         f"{name}: {old.get(name)} -> {as_list[name]}"
         for name in names

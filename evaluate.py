@@ -29,7 +29,6 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
 
 import argparse
 import json
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -40,8 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import Refusal, refuse
-from dataset.captions import read_text
+from config import Refusal, legible, refuse
+from dataset.captions import read_prompts
 from dataset.images import Images
 from dataset.pixels import BAD
 from dataset.sources import open_data
@@ -58,6 +57,7 @@ from engine.drawing import (
     settings_of,
 )
 from engine.pictures import side_by_side
+from engine.run import say
 from measure.scorers import (
     GIVEN,
     PIXELS,
@@ -84,7 +84,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     about, own_denoiser = read_student(given.student), denoiser_file(given.teacher)
     family = teacher_of(given.student, None if own_denoiser else given.teacher)
     preset = family.preset
-    if family.own_data and given.data:
+    if family.own_data and given.data is not None:
         raise Refusal(f"--data {given.data}: {family.own_data} has its own; or give --prompts")
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
     family.check_size(size)
@@ -144,7 +144,7 @@ def ask(
             raise Refusal(f"--per-prompt is {given.per_prompt}; the exam draws {each}")
     else:
         n = given.n or 5000
-        prompts = read_prompts(given, family, size, n)
+        prompts = prompts_of(given, family, size, n)
         each = given.per_prompt or max(1, n // len(prompts))
     prompts = prompts[: n // each]
     if len(prompts) < FEWEST[0] or len(prompts) * each < FEWEST[1]:
@@ -153,17 +153,15 @@ def ask(
     return prompts, each
 
 
-def read_prompts(
+def prompts_of(
     given: argparse.Namespace, family: Teacher, size: tuple[int, int], count: int
 ) -> list[str]:
     """The lines of --prompts, or captions of --data, at most `count`."""
     if given.prompts:
-        prompts = [line.strip() for line in read_text(given.prompts).splitlines()]
-        prompts = [prompt for prompt in prompts if prompt]
-        if not prompts:
-            raise Refusal(f"{given.prompts} holds no prompt; give one a line")
-        return prompts
-    data = open_data(given.data or family.preset.data, size, 0)
+        return read_prompts(given.prompts)
+    data = open_data(family.preset.data if given.data is None else given.data, size, 0)
+    if remark := data.remark():
+        say(remark)
     if isinstance(data, Images):  # whose images are not wanted
         return list(islice(good_captions(data), count))
     return data(range(count)).captions
@@ -175,8 +173,7 @@ def good_captions(data: Images) -> Iterator[str]:
             caption = data.source.caption(item)
         except BAD:  # as in training, others take its place
             continue
-        if caption:
-            yield caption
+        yield caption
 
 
 def ways(
@@ -282,8 +279,7 @@ def picture(task: Task, path: Path) -> None:
         images = read_images(task, s, ks)
         shrink = max(1, max(images.shape[2:]) // 192)
         columns[s.name] = F.avg_pool2d(images, shrink).unflatten(0, (shown, samples))
-    captions = [textwrap.shorten(prompt, 40, placeholder=" ...") for prompt in task.prompts[:shown]]
-    side_by_side(path, captions, columns, scale=max(1, 64 // min(images.shape[2:])))
+    side_by_side(path, task.prompts[:shown], columns, scale=max(1, 64 // min(images.shape[2:])))
 
 
 def main() -> None:
@@ -310,7 +306,7 @@ def main() -> None:
             print("\n" + format_table(metrics["table"]))
         (task.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
         picture(task, task.out / "samples.png")
-        print(f"{task.out}: images, metrics.json, samples.png")
+        print(f"{legible(task.out)}: images, metrics.json, samples.png")
     ranks.stop()
 
 

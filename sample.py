@@ -27,12 +27,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Refusal
-from dataset.captions import read_text
+from config import Refusal, legible
+from dataset.captions import read_prompts
 from engine import ranks
 from engine.batch import encode_all
 from engine.build import channels_last, check_base, check_compiler, identity, run_blocks
-from engine.pictures import save_png
+from engine.pictures import check_finite, save_png
 from engine.run import say
 from nets.files import Files
 from nets.weights import DTYPES
@@ -67,6 +67,9 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
         raise Refusal(f"--guidance {given.guidance:g}: {family.name} takes none")
     if given.checkpoint and given.merge and not is_lora(about):
         raise Refusal("--merge: LoRAs are merged into a teacher, or what a LoRA stands on")
+    if given.negative and not (family.uses_null and guidance):
+        why = "is drawn without guidance" if family.uses_null else "takes no negative prompt"
+        raise Refusal(f'--negative "{given.negative}": {family.name} {why}')
     family.check_size(size)
     return settings, family
 
@@ -106,14 +109,10 @@ def trained_on(given: argparse.Namespace, family: Teacher, files: Files) -> str:
     return f"{was}; give them with --base and --merge"
 
 
-def read_prompts(given: argparse.Namespace) -> list[str]:
+def prompts_of(given: argparse.Namespace) -> list[str]:
     if given.prompt is not None:
         return [given.prompt]
-    lines = read_text(given.prompts).splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise Refusal(f"{given.prompts} holds no prompt")
-    return prompts
+    return read_prompts(given.prompts)
 
 
 def out_paths(out: Path, count: int) -> list[Path]:
@@ -128,7 +127,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ranks.refusals():
         settings, family = resolve_settings(given)
-        jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
+        jobs = [(prompt, seed) for prompt in prompts_of(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
         size, dtype = settings["size"], DTYPES[settings["dtype"]]
         whole = given.checkpoint and not is_lora(read_student(given.checkpoint))
@@ -158,11 +157,13 @@ def main() -> None:
         how = (settings["taus"], settings["sampler"], uncond, settings["guidance"] or None)
         with torch.no_grad():
             images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        with ranks.refusals():
+            check_finite(images, [f'"{prompt}", seed {seed},' for prompt, seed in part])
         for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):
             save_png(image, path, settings | {"prompt": prompt, "seed": seed}, given.scale)
         bar.update(len(part))
     bar.close()
-    print(paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}")
+    print(legible(paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from config import Config, refuse
 from dataset.ahead import Ahead
+from dataset.identity import identity
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from engine import checkpoint, ranks
@@ -314,7 +315,8 @@ def main() -> None:
         data = open_inputs(cfg, family)
         check_export(cfg, family)
         digests = {"denoiser": base_of(cfg, family)}
-        out = prepare_folder(cfg, given.overwrite, digests)
+        same = identity(data) if ranks.rank() == 0 else {}
+        out = prepare_folder(cfg, given.overwrite, digests, data, same)
         cache = fill_cache(cfg, family, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
         examined = is_examined(cfg, family)
@@ -324,6 +326,7 @@ def main() -> None:
             exam.ask_teacher(teacher)
     if ranks.rank() == 0:  # not before: what was refused leaves nothing behind
         settings = dataclasses.asdict(cfg) | {"world": ranks.world(), "digests": digests}
+        settings |= {"identity": same}
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     start = time.time()
     try:

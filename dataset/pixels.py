@@ -29,6 +29,8 @@ BAD = (
     KeyError,
     IndexError,
     TypeError,
+    RuntimeError,
+    ArithmeticError,
     struct.error,
     Image.DecompressionBombError,
 )

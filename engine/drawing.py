@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.batch import encode_all
-from engine.pictures import save_png
+from engine.pictures import check_finite, save_png
 from measure.distances import from_uint8
 from nets.files import Files, fingerprint
 from nets.weights import DTYPES
@@ -177,6 +177,7 @@ def draw_images(
         uncond = stack([""] * len(part)) if s.guidance and task.family.uses_null else None
         how = (list(taus), s.sampler, uncond, s.guidance)
         images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        check_finite(images, [f'"{task.prompts[k // task.each]}" ({s.name}, {k})' for k in part])
         for k, image in zip(part, images, strict=True):
             save_image(image, task.path(s, k), settings(k))
         bar.update(len(part))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adapter import merged, pairs
-from config import Config, Refusal
+from config import Config, Refusal, legible
 from dataset.images import Pairs
 from engine import ranks
 from engine.batch import load_batch
@@ -62,7 +62,7 @@ def finish(
     if ranks.rank() == 0:
         report(cfg, out, nets, exam, run, time.time() - start)
         made = (name for name in LEFT if (out / name).exists())
-        print(f"{path}; beside it: {', '.join(made)}")
+        print(f"{legible(path)}; beside it: {', '.join(made)}")
 
 
 def is_examined(cfg: Config, family: Teacher) -> bool:
