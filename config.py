@@ -208,6 +208,11 @@ class Config:
     )
     merge: tuple[str, ...] = setting((), "LoRA files added to that first, FILE or FILE:SCALE")
     t5: bool = setting(True, "SD 3.5: read captions with T5 too, not with CLIP alone")
+    t5_length: int = setting(
+        0,
+        "SD 3.5: tokens of a caption that T5 reads; 0: 256 as in diffusers; ComfyUI: 77",
+        Range(low=0, high=512),
+    )
     bf16: bool = setting(True, "compute in bf16; trained weights and losses stay fp32")
     tf32: bool = setting(
         True, "convolutions in fp32, as the discriminator's heads have, round to 10 bits on a GPU"
@@ -464,11 +469,12 @@ def differences(old: dict, new: Config) -> list[str]:
     as_list = {
         name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
     }
+    later = {"t5_length": 0}  # fields that runs begun earlier do not have
     names = [name for name in as_list if name not in (*HOUSEKEEPING, *SHARED_OUT, "data")]
     return [
-        f"{name}: {old.get(name)} -> {as_list[name]}"
+        f"{name}: {old.get(name, later.get(name))} -> {as_list[name]}"
         for name in names
-        if old.get(name) != as_list[name]
+        if old.get(name, later.get(name)) != as_list[name]
     ]
 
 

@@ -71,7 +71,7 @@ from measure.scorers import (
 )
 from nets.weights import DTYPES
 from teachers import Teacher
-from teachers.students import is_lora, read_student, student_taus, teacher_of
+from teachers.students import is_lora, read_student, reading, student_taus, teacher_of
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
@@ -83,7 +83,8 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     """All that is drawn, from what was asked; every file is found. ValueError or OSError."""
     about, own_denoiser = read_student(given.student), denoiser_file(given.teacher)
     family = teacher_of(given.student, None if own_denoiser else given.teacher)
-    preset = family.preset
+    tokens = given.t5_length or int(about.get("t5_length", 0))
+    family, preset = reading(family, tokens), family.preset
     if family.own_data and given.data is not None:
         raise Refusal(f"--data {given.data}: {family.own_data} has its own; or give --prompts")
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
@@ -111,6 +112,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         samplings=ways(given, about, guidance, family),
         out=given.out or given.student.parent / "evaluation",
         adapter_scale=given.adapter_scale,
+        t5_length=tokens,
     )
     return task, exam
 

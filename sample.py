@@ -38,14 +38,23 @@ from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher, find
-from teachers.students import is_lora, load_saved, read_student, student_taus, teacher_of, times_of
+from teachers.students import (
+    is_lora,
+    load_saved,
+    read_student,
+    reading,
+    student_taus,
+    teacher_of,
+    times_of,
+)
 
 
 def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     """The settings that images are made with and carry, and whose they are. ValueError."""
     about = read_student(given.checkpoint) if given.checkpoint else {}
     family = teacher_of(given.checkpoint, given.teacher) if about else find(given.teacher)
-    preset = family.preset
+    tokens = given.t5_length or int(about.get("t5_length", 0))
+    family, preset = reading(family, tokens), family.preset
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
     settings = {"teacher": family.name, "size": size}
     if given.checkpoint:
@@ -62,6 +71,7 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher]:
     given.scale = given.scale or family.enlarged
     settings |= {"base": Path(given.base).name} if given.base else {}
     settings |= {"merge": [Path(file).name for file in given.merge]} if given.merge else {}
+    settings |= {"t5_length": tokens} if tokens else {}
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
     if family.guided_by == "none" and given.guidance:
         raise Refusal(f"--guidance {given.guidance:g}: {family.name} takes none")

@@ -34,10 +34,11 @@ from tqdm import tqdm
 from config import Config, refuse
 from dataset.ahead import Ahead
 from dataset.identity import identity
+from dataset.sources import some_captions
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from engine import checkpoint, ranks
-from engine.batch import Batch, fill_cache, ids_of, load_batch
+from engine.batch import Batch, fill_cache, ids_of, load_batch, say_cut
 from engine.build import (
     Learner,
     Nets,
@@ -269,6 +270,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
         say(remark)
     for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
         say(line)
+    if nets.text:
+        say_cut(nets.text, some_captions(data), "captions")
     log = LogFile(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
     steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)

@@ -84,21 +84,21 @@ class Found:
     passed: Counter = field(default_factory=Counter)  # what is none of these, by reason
 
 
-def look_through(path: Path) -> Found:
+def look_through(root: Path) -> Found:
     """In any depth; folders that links lead to too, each folder once. OSError if it cannot be read.
 
     Hidden files, and those that systems leave, are never data.
     """
     found = Found()
-    for folder, name in walk(path, found.passed):
-        stem, suffix = os.path.splitext(name)
+    for folder, name in walk(root, found.passed):
+        path = Path(folder, name)
+        stem, suffix = os.path.splitext(path)
         if suffix.lower() in SUFFIXES:
-            found.images.append(Path(folder, name))
+            found.images.append(path)
         elif suffix.lower() in TEXTS:
-            texts = found.texts.setdefault(os.path.join(folder, stem), {})
-            texts.setdefault(suffix.lower(), Path(folder, name))
+            found.texts.setdefault(stem, {}).setdefault(suffix.lower(), path)
         elif suffix.lower() == ".tar":
-            found.tars.append(Path(folder, name))
+            found.tars.append(path)
         else:
             found.passed[by_suffix(suffix)] += 1
     found.images.sort()

@@ -1,15 +1,17 @@
 """The data set that --data names.
 
-    open_data     images with captions (folders.py and shards.py have the forms), or captions alone
-    Prompts       captions alone, the lines of a text file
-    open_source   where the images are
-    Together      single files and shards of one folder
+    open_data      images with captions (folders.py and shards.py have the forms), or captions alone
+    Prompts        captions alone, the lines of a text file
+    open_source    where the images are
+    some_captions  a thousand, to look at
+    Together       single files and shards of one folder
 
 A data set is called with sample numbers and returns something with `captions`, `images`, (B, 3, H,
 W) in [-1, 1] or None, and `sizes`, (B, 6) or None; `remark()` is what there is to say of bad
 samples, and of what was passed over.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from dataset.captions import read_lines
 from dataset.folders import ImageFiles, list_folder, list_json, look_through
 from dataset.images import BAD_SHARE, Images, Pairs, named
 from dataset.order import Epochs
+from dataset.pixels import BAD
 from dataset.shards import Shards, expand
 
 FORMS = (
@@ -128,6 +131,19 @@ def open_data(
         why = f"; {named(source.faults)}" if source.faults else ""
         raise Refusal(f"--data {path} holds no image with a caption{why}. {FORMS}")
     return Images(source, size, seed, crop, buckets, batch)
+
+
+def some_captions(data: object, most: int = 1000) -> list[str]:
+    """Evenly spread, without their images; none of what comes with the project."""
+    if isinstance(data, Prompts):
+        return data.captions[:: -(-len(data.captions) // most)]
+    if not isinstance(data, Images):
+        return []
+    found = []
+    for item in range(0, len(data.source), -(-len(data.source) // most)):
+        with contextlib.suppress(*BAD):
+            found.append(data.source.caption(item))
+    return found
 
 
 def open_source(path: str) -> ImageFiles | Shards | Together:

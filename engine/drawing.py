@@ -60,6 +60,7 @@ class Task:
     samplings: tuple[Sampling, ...]  # the first is what the others are held against
     out: Path
     adapter_scale: float = 1.0  # of the student's LoRA
+    t5_length: int = 0  # tokens; 0: the teacher's own
 
     @property
     def count(self) -> int:
@@ -82,6 +83,7 @@ def settings_of(task: Task, s: Sampling) -> Callable[[int], dict]:
     alike |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
     alike |= {"dtype": task.dtype, "seed": task.seed}
     alike |= {"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {}
+    alike |= {"t5_length": task.t5_length} if task.t5_length else {}
     return lambda k: alike | {"prompt": task.prompts[k // task.each], "image": k}
 
 

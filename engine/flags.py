@@ -33,7 +33,8 @@ from config import (
     shown,
 )
 from engine.cards import CARDS
-from teachers import configure, find, is_named, listed, names
+from teachers import FOUND, configure, find, is_named, listed, names
+from teachers.students import reading
 
 HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
@@ -98,7 +99,9 @@ def train_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
                 fields[name].help += f" (default: {shown(value)})"
             parser.print_help()
             parser.exit()
-        return configure(**flags), given
+        cfg = configure(**flags)
+        FOUND[cfg.teacher] = reading(find(cfg.teacher), cfg.t5_length)  # whoever asks for it
+        return cfg, given
     except Refusal as error:
         refuse(error)
 
@@ -161,6 +164,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     add_base(parser)
     without = "SD 3.5: read prompts without T5, which need not be there then"
     parser.add_argument("--no-t5", action="store_true", help=without)
+    add_t5_length(parser)
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
     compile = "compile the denoiser's blocks: for many images of one size"
     parser.add_argument("--compile", action="store_true", help=compile)
@@ -216,6 +220,7 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
     parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    add_t5_length(parser)
     add_adapter_scale(parser)
     parser.add_argument("--inception", type=place, help="weights file of the FID's network")
     for title, repo, file in (
@@ -331,6 +336,11 @@ def pretrain_arguments(about: str | None) -> argparse.Namespace:
     which = Choice(("all", "judge", "backbone", "teacher", "samples"))
     parser.add_argument("which", nargs="?", default="all", may=which, help="default: all")
     return parser.parse_args()
+
+
+def add_t5_length(parser: Parser) -> None:
+    help = "SD 3.5: tokens of a prompt that T5 reads; default: the student's, else 256"
+    parser.add_argument("--t5-length", type=int, may=Range(low=1, high=512), default=0, help=help)
 
 
 def add_adapter_scale(parser: Parser) -> None:

@@ -80,7 +80,8 @@ def check_export(cfg: Config, family: Teacher) -> None:
 def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
     """What a student's file says of itself."""
     name = nets.family.name
-    return {
+    read = {"t5_length": str(cfg.t5_length)} if cfg.t5_length else {}
+    return read | {
         "format": "pt",
         "modelspec.architecture": name,
         "modelspec.title": f"SenseFlow {cfg.student_steps}-step student of {name}",

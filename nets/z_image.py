@@ -350,6 +350,7 @@ class ZImageText(nn.Module):
         """tokenizer: one that does not fill up."""
         super().__init__()
         self.qwen3, self.tokenizer = qwen3, tokenizer
+        self.around = sum(tokenizer.encode(chat("")).attention_mask)  # tokens
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, T), zeros behind those of the shorter captions, and lengths (B,)."""

@@ -3,6 +3,7 @@
 read_student   what a file says of itself
 teacher_of     its teacher
 load_student   the network
+reading        a teacher whose T5 reads more of a caption, or less
 times_of       where it, or its teacher, is called
 """
 
@@ -44,6 +45,17 @@ def teacher_of(path: Path, given: str | None = None) -> Teacher:
     if found.name != name:
         raise Refusal(f"--teacher {given}: {path} is a student of {name}")
     return found
+
+
+def reading(family: Teacher, tokens: int) -> Teacher:
+    """The teacher whose T5 reads so many tokens of a caption; 0: as many as it does. ValueError."""
+    if not tokens:
+        return family
+    if not family.optional:
+        raise Refusal(
+            f"--t5-length {tokens}: only of SD 3.5's T5 is it open, {family.name} has its own"
+        )
+    return family.reading(tokens)
 
 
 def load_student(
