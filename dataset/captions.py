@@ -1,10 +1,11 @@
 """Captions as they are stored: text files, lines, fields of JSON objects.
 
-    caption_of   a caption, or why it is none
-    as_text      bytes that must be UTF-8
-    parse_json   JSON, or why it is none
-    read_text    all of a file; lines, where it has several
-    read_lines   prompts, one a line
+    caption_of    a caption, or why it is none
+    parse_json    JSON, or why it is none
+    json_caption  the caption in an object
+    read_beside   of an image, from the files beside it
+    read_text     all of a file; lines, where it has several
+    read_lines    prompts, one a line
 
 A ValueError here says of a sample what is wrong with it; a Refusal, of a file that a flag names.
 """
@@ -19,9 +20,10 @@ from config import Refusal, is_text
 from dataset.files import read_bytes
 
 CAPTION_FIELDS = ("caption", "prompt", "text")
-TEXTS = (".txt", ".caption")  # captions beside images; the first that is there
+TEXTS = (".txt", ".caption")  # captions beside images; the first that is there ...
+PARTS = (*TEXTS, ".json")  # ... and where it is blank or none is, this one's field
 LONGEST = 100_000  # letters of a caption: encoders read some hundred words
-LARGEST = 2**31  # bytes of a list
+LARGEST, LARGEST_JSON = 2**31, 2**24  # bytes of a list, and of an image's .json
 BREAK = re.compile("\r\n|\n|\r")  # no other ends a line: U+2028 and form feeds are text
 
 
@@ -73,9 +75,25 @@ def first_of(entry: dict, names: Iterable[str]):
     return next((entry[name] for name in names if name in entry), None)
 
 
-def read_caption(path: Path) -> str:
-    """Of a text file."""
-    return caption_of(as_text(read_bytes(path, 4 * LONGEST)))
+def json_caption(text: str) -> str:
+    """ValueError for what is no object with a caption."""
+    try:
+        entry = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"its .json is no JSON object: {error}") from None
+    if not isinstance(entry, dict):
+        raise ValueError("its .json is no JSON object")
+    return caption_of(first_of(entry, CAPTION_FIELDS))
+
+
+def read_beside(beside: dict[str, Path]) -> str:
+    """By suffix the files beside an image."""
+    text, caption = first_of(beside, TEXTS), ""
+    if text:
+        caption = as_text(read_bytes(text, 4 * LONGEST, what="its caption"))
+    if ".json" not in beside or not is_blank(caption):
+        return caption_of(caption)
+    return json_caption(as_text(read_bytes(beside[".json"], LARGEST_JSON, what="its .json")))
 
 
 def read_whole(path: Path) -> bytes:

@@ -29,19 +29,22 @@ def what_is(mode: int) -> str:
     return next((name for test, name in KINDS.items() if test(mode)), "")
 
 
-def read_bytes(path: Path, most: int, limit: int = -1) -> bytes:
-    """The file, or its first `limit` bytes. ValueError for what is no file or has over `most`."""
+def read_bytes(path: Path, most: int, limit: int = -1, what: str = "it") -> bytes:
+    """The file, or its first `limit` bytes. ValueError for what is no file or has over `most`.
+
+    what: what the file is of a sample.
+    """
     about = os.stat(path)
     if kind := what_is(about.st_mode):
-        raise ValueError(f"it is {kind}, no file")
-    check_length(about.st_size, most)
+        raise ValueError(f"{what} is {kind}, no file")
+    check_length(about.st_size, most, what)
     with open(path, "rb") as file:
         return file.read(about.st_size if limit < 0 else limit)
 
 
-def check_length(size: int, most: int) -> None:
+def check_length(size: int, most: int, what: str = "it") -> None:
     if size > most:
-        raise ValueError(f"it has {in_bytes(size)}, more than {in_bytes(most)}")
+        raise ValueError(f"{what} has {in_bytes(size)}, more than {in_bytes(most)}")
 
 
 def in_bytes(size: int) -> str:
@@ -53,7 +56,7 @@ def in_bytes(size: int) -> str:
 
 # Of macOS, Windows, disks, and network storage: copies, thumbnails, what was thrown away.
 SYSTEM = {
-    "__macosx", "network trash folder", "temporary items", "$recycle.bin", "recycler", "$extend",
+    "__macosx", "network trash folder", "temporary items", "$recycle.bin", "recycler", "recycled", "$extend",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "@eadir",
     "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot",
     "~snapshot", "__pycache__",

@@ -18,20 +18,24 @@ from torch import Tensor
 from config import Refusal, home
 from dataset.captions import (
     CAPTION_FIELDS,
-    TEXTS,
+    PARTS,
     caption_of,
     first_of,
     lines,
     parse_json,
-    read_caption,
+    read_beside,
     read_text,
 )
 from dataset.files import by_suffix, counted, is_hidden, read_bytes, what_is
 from dataset.pixels import LARGEST, SUFFIXES
 
 
+class Beside(dict):
+    """Files of captions beside an image, by suffix."""
+
+
 class ImageFiles:
-    """Image files, each with its caption or the text file that holds it.
+    """Image files, each with its caption, as a list has it, or with the files beside it.
 
     root: what their names begin at; None: at what they have in common.
     """
@@ -65,7 +69,7 @@ class ImageFiles:
 
     def caption(self, item: int) -> str:
         caption = self.captions[item]
-        return read_caption(caption) if isinstance(caption, Path) else caption_of(caption)
+        return read_beside(caption) if isinstance(caption, Beside) else caption_of(caption)
 
     def order(self, draw: torch.Generator) -> Tensor:
         return torch.randperm(len(self), generator=draw)
@@ -79,7 +83,7 @@ class Found:
     """What is in a folder."""
 
     images: list[Path] = field(default_factory=list)
-    texts: dict[str, dict[str, Path]] = field(default_factory=dict)  # path without suffix -> files
+    texts: dict[str, Beside] = field(default_factory=dict)  # by path without suffix
     tars: list[Path] = field(default_factory=list)
     passed: Counter = field(default_factory=Counter)  # what is none of these, by reason
 
@@ -95,8 +99,8 @@ def look_through(root: Path) -> Found:
         stem, suffix = os.path.splitext(path)
         if suffix.lower() in SUFFIXES:
             found.images.append(path)
-        elif suffix.lower() in TEXTS:
-            found.texts.setdefault(stem, {}).setdefault(suffix.lower(), path)
+        elif suffix.lower() in PARTS:
+            found.texts.setdefault(stem, Beside()).setdefault(suffix.lower(), path)
         elif suffix.lower() == ".tar":
             found.tars.append(path)
         else:
@@ -132,7 +136,7 @@ def walk(root: Path, passed: Counter) -> Iterator[tuple[str, str]]:
             kind = kind_of(entry)
             if is_hidden(entry.name):
                 suffix = os.path.splitext(entry.name)[1].lower()
-                data = kind == "a file" and suffix in (*SUFFIXES, *TEXTS, ".tar")
+                data = kind == "a file" and suffix in (*SUFFIXES, *PARTS, ".tar")
                 passed["hidden or system files"] += data
                 passed["hidden or system folders"] += kind == "a folder"
             elif kind == "a folder":
@@ -154,7 +158,7 @@ def kind_of(entry: os.DirEntry) -> str:
 
 
 def list_folder(path: Path, found: Found) -> ImageFiles:
-    """NAME.jpg (or another suffix of images) with NAME.txt or NAME.caption beside it."""
+    """NAME.jpg (or another suffix of images) with NAME.txt, .caption or .json beside it."""
     images, texts, passed = [], [], Counter(found.passed)
     unused = dict(found.texts)
     for image in found.images:
@@ -163,10 +167,12 @@ def list_folder(path: Path, found: Found) -> ImageFiles:
         unused.pop(stem, None)
         if beside := found.texts.get(stem):
             images.append(image)
-            texts.append(first_of(beside, TEXTS))
+            texts.append(beside)
         else:
             passed["images without a caption"] += 1
-    passed["captions without an image"] += len(unused)
+    for beside in unused.values():
+        text = beside.keys() - {".json"}
+        passed["captions without an image" if text else by_suffix(".json")] += 1
     passed = +passed  # those that are more than none
     return ImageFiles(images, texts, {str(path): counted(passed)} if passed else {}, path)
 

@@ -23,20 +23,20 @@ from torch import Tensor
 
 from config import Refusal
 from dataset.captions import (
-    CAPTION_FIELDS,
+    LARGEST_JSON,
     LONGEST,
+    PARTS,
     TEXTS,
     as_text,
     caption_of,
     first_of,
     is_blank,
-    parse_json,
+    json_caption,
 )
 from dataset.files import by_suffix, check_length, counted, is_hidden
 from dataset.pixels import LARGEST, SUFFIXES
 
 WINDOW = 4096  # samples shuffled among each other: reads stay within some hundred megabytes
-LARGEST_JSON = 2**24  # bytes
 Place = tuple[int, int]  # in a tar: offset and size
 
 
@@ -80,17 +80,10 @@ class Shards:
         text, stored = self.rows[item, 2:4], self.rows[item, 4:]
         caption = ""
         if text[1] >= 0:
-            caption = as_text(self._read(item, text, 4 * LONGEST))
+            caption = as_text(self._read(item, text, 4 * LONGEST, what="its caption"))
         if stored[1] < 0 or not is_blank(caption):
             return caption_of(caption)
-        text = as_text(self._read(item, stored, LARGEST_JSON))
-        try:
-            entry = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"its .json is no JSON object: {error}") from None
-        if not isinstance(entry, dict):
-            raise ValueError("its .json is no JSON object")
-        return caption_of(first_of(entry, CAPTION_FIELDS))
+        return json_caption(as_text(self._read(item, stored, LARGEST_JSON, what="its .json")))
 
     def order(self, draw: torch.Generator) -> Tensor:
         """Shards in random order, then samples within windows of that."""
@@ -108,9 +101,11 @@ class Shards:
         first = self.ends[item - 1] if item else 0
         return as_name(self.names[first : self.ends[item]])
 
-    def _read(self, item: int, place: np.ndarray, most: int, limit: int = -1) -> bytes:
+    def _read(
+        self, item: int, place: np.ndarray, most: int, limit: int = -1, what: str = "it"
+    ) -> bytes:
         start, size = place.tolist()
-        check_length(size, most)
+        check_length(size, most, what)
         with open(self._path(item), "rb") as file:
             file.seek(start)
             return file.read(size if limit < 0 else min(size, limit))
@@ -162,7 +157,6 @@ def index_shard(path: Path) -> Shard:
 
 NONE = (-1, -1)  # a place that is not there
 Sample = tuple[str, Place, Place, Place]  # key; image, text, JSON
-PARTS = (*TEXTS, ".json")
 
 
 def samples_of(members: Iterable[tuple[str, int, int]], passed: Counter) -> list[Sample]:

@@ -26,6 +26,7 @@ from dataset.cache import Cache, check_purpose, complete, send_rows, write_cache
 from dataset.sources import some_captions
 from engine import ranks
 from nets.layers import send
+from nets.spelled import spelled
 from nets.text import count_cut
 from nets.weights import open_weights
 from schedule import Cond
@@ -127,7 +128,8 @@ def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cach
         reader = family.load_reader(files, *how) if cfg.w_gan else None
         if family.uses_null and ranks.rank() == 0:
             null = text([""], device, uncropped(cfg.size))
-            save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
+            with spelled(folder / "null.safetensors") as path:
+                save_file({name: x.cpu() for name, x in null.items()}, path)
         say_cut(text, some_captions(data), "captions")
         share = (ranks.rank(), ranks.world())
 

@@ -91,7 +91,7 @@ def is_there(path: Path, settings: dict) -> bool:
     try:
         with Image.open(path) as picture:
             return json.loads(picture.text["settings"]) == settings
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, SyntaxError, RecursionError):
         return False  # absent, damaged, or of another making
 
 

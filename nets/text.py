@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path} is damaged or no JSON; fetch it again ({error})") from None
     if not isinstance(content, dict):
         raise Refusal(f"{path} is no JSON object; fetch it again")

@@ -60,7 +60,10 @@ def main() -> None:
             plots = panels(scenario, results), graphs(scenario, results, taught)
             points_and_graphs(given.out / f"{name}.png", *plots)
             seconds = time.perf_counter() - began
-            print(f"  {given.out / name}.png, {seconds:.0f} s, {given.seeds} seeds\n", flush=True)
+            print(
+                f"  {given.out / name}.png, {seconds:.0f} s, {given.seeds} seeds\n",
+                flush=True,
+            )
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
