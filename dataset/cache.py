@@ -50,14 +50,16 @@ def check_purpose(folder: Path, about: dict) -> None:
     if path.is_file():
         try:
             was = json.loads(path.read_text())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise Refusal(f"{path} is damaged; choose another --cache, or remove it") from None
+        was = was if isinstance(was, dict) else {}
         changed = [f"{k}: {was.get(k)} -> {v}" for k, v in about.items() if was.get(k) != v]
         if changed:
             raise Refusal(
                 f"--cache {folder} was made for something else ({'; '.join(changed)}); "
                 "choose another folder"
             )
+        return  # it may be where nobody writes
     part = path.with_name(f"about.{os.getpid()}.part")  # several ranks write the same
     part.write_text(json.dumps(about, indent=1))
     os.replace(part, path)

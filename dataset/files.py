@@ -56,10 +56,10 @@ def in_bytes(size: int) -> str:
 
 # Of macOS, Windows, disks, and network storage: copies, thumbnails, what was thrown away.
 SYSTEM = {
-    "__macosx", "network trash folder", "temporary items", "$recycle.bin", "recycler", "recycled", "$extend",
-    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "@eadir",
-    "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot",
-    "~snapshot", "__pycache__",
+    "__macosx", "network trash folder", "temporary items", "$recycle.bin", "recycler", "recycled",
+    "$extend", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found",
+    "@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "@__thumb", "#recycle",
+    "#snapshot", "~snapshot", "__pycache__",
 }  # fmt: skip
 FOUND = re.compile(r"found\.\d{3}")  # what a disk's check has put together
 

@@ -60,8 +60,11 @@ class ImageFiles:
         if self.root is None and self.images:
             folders = {os.path.dirname(os.path.abspath(image)) for image in self.images}
             self.root = Path(os.path.commonpath(folders))
-        for item in items:
-            yield os.path.relpath(self.images[item], self.root)
+        start = f"{self.root}{os.sep}"
+        for item in items:  # of which there may be millions
+            name = str(self.images[item])
+            inside = name.startswith(start)
+            yield name.removeprefix(start) if inside else os.path.relpath(name, self.root)
 
     def image(self, item: int, limit: int = -1) -> bytes:
         """The file, or its first `limit` bytes."""

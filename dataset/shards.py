@@ -10,10 +10,12 @@ import io
 import math
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,8 +53,8 @@ class Shards:
         with ThreadPoolExecutor() as pool:
             shards = list(pool.map(index_shard, paths))
         self.paths = paths
-        counts = torch.tensor([0, *(len(shard.keys) for shard in shards)])
-        self.starts = counts.cumsum(0)  # of each shard's samples, and the end
+        counts = (len(shard.keys) for shard in shards)
+        self.starts = [0, *accumulate(counts)]  # of each shard's samples, and the end
         every = [key for shard in shards for key in shard.keys]
         self.names = b"".join(every)
         self.ends = np.cumsum([len(key) for key in every], dtype=np.int64)
@@ -95,7 +97,7 @@ class Shards:
         return torch.cat([w[torch.randperm(len(w), generator=draw)] for w in windows])
 
     def _path(self, item: int) -> Path:
-        return self.paths[int(torch.searchsorted(self.starts, item, right=True)) - 1]
+        return self.paths[bisect_right(self.starts, item) - 1]
 
     def _key(self, item: int) -> str:
         first = self.ends[item - 1] if item else 0
