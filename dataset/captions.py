@@ -53,9 +53,16 @@ def is_blank(text: str) -> bool:
 
 def as_text(stored: bytes) -> str:
     try:
-        return stored.decode("utf-8-sig")
+        if not has_zeros(stored):
+            return stored.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError("its caption is no UTF-8 text") from None
+        pass
+    raise ValueError("its caption is no UTF-8 text")
+
+
+def has_zeros(stored: bytes) -> bool:
+    """As UTF-16 has, which may pass for UTF-8: every other byte is one, of letters of English."""
+    return 4 * stored.count(0) > len(stored)
 
 
 def parse_json(text: str) -> object:
@@ -99,9 +106,12 @@ def read_beside(beside: dict[str, Path]) -> str:
 def read_whole(path: Path) -> bytes:
     """A file that a flag names. Refusal, or OSError."""
     try:
-        return read_bytes(path, LARGEST)
+        stored = read_bytes(path, LARGEST)
     except ValueError as error:
         raise Refusal(f"{path}: {error}") from None
+    if stored.startswith((b"\xff\xfe", b"\xfe\xff")) or has_zeros(stored):
+        raise Refusal(f"{path} is no UTF-8 text but UTF-16; save it as UTF-8")
+    return stored
 
 
 def read_text(path: Path) -> str:

@@ -170,6 +170,18 @@ def test_prompts_that_are_no_utf8_are_named(command, tmp_path, monkeypatch):
     refused(command(train, "--show", "a one and a two", half), r"--show", r"caf\xe9")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
+def test_utf16_does_not_pass_for_utf8(tmp_path, encoding):
+    """Without a mark, English in UTF-16 is UTF-8 with zeros between its letters."""
+    (tmp_path / "p.txt").write_bytes("a fox\nin the snow\n".encode(encoding))
+    (tmp_path / "l.json").write_bytes('[{"image": "a.png", "caption": "x"}]'.encode(encoding))
+    for name in ("p.txt", "l.json"):
+        with pytest.raises(Refusal, match=f"{name} is no UTF-8 text but UTF-16"):
+            opened(tmp_path / name)
+    path = write_folder(tmp_path / "x", [*good(30), (IMAGE, "a fox".encode(encoding))])
+    assert "its caption is no UTF-8 text" in bad_one(opened(path))
+
+
 def test_what_a_screen_would_obey_is_escaped(command, tmp_path, monkeypatch):
     """Control characters, turns and line ends, in names, remarks and refusals."""
     said = legible("a\x1b[31m b\n\u2028\u202e\x85 \ud83e é 中 \U0001f98a")
