@@ -1,7 +1,9 @@
 """Choices: one flat dataclass, whose fields say what they are and what they may be.
 
     Config          every choice of a run
-    Range, Choice   what a value may be
+    Range, Choice   what a value may be; Text: what UTF-8 can hold
+    home, place     paths as one writes them after a flag
+    legible         what may be shown on a screen
     resolve         a teacher's preset, what its number of student steps changes, then the flags
     check           refuses what cannot be
     Parser          of a command's flags: one line for an error, with the nearest thing there is
@@ -13,11 +15,13 @@ Imports nothing of ours.
 import argparse
 import ast
 import dataclasses
+import io
 import itertools
 import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from errno import (
@@ -91,6 +95,65 @@ class Choice:
                 raise Refusal(f'{name} {"has" if several else "is"} "{word}"; {known}')
 
 
+@dataclass(frozen=True)
+class Text:
+    """Words for a network that reads, or several such: an argument need not be UTF-8."""
+
+    def check(self, name: str, value) -> None:
+        """ValueError with the flag's name and the value."""
+        for text in value if isinstance(value, (tuple, list)) else (value,):
+            if not is_text(text):
+                raise Refusal(f'{name} is "{text[:60]}", which is no UTF-8 text')
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: not half of an emoji, nor bytes of another encoding."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def home(text: str) -> str:
+    """A path, or a pattern of paths, whose ~ is the home folder."""
+    return os.path.expanduser(text)
+
+
+def place(text: str) -> Path:
+    """A path that a flag gives. Nothing is none: it would stand for the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a path")
+    return Path(home(text))
+
+
+# What turns the direction of what follows on a screen, and the mark of byte order.
+TURNS = {
+    *map(chr, (*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A))),
+    "\ufeff",
+}
+
+
+def legible(text: object) -> str:
+    """On one line, with nothing that a screen obeys or cannot show: escapes stand for that."""
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(escape(x) if is_control(x) else x for x in line)
+
+
+def is_control(letter: str) -> bool:
+    """Control characters, line ends, turns, and halves of what UTF-8 has in one piece."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in TURNS
+
+
+def escape(letter: str) -> str:
+    r"""As Python writes it; a byte that was no UTF-8 (of a file's name) is \xNN again."""
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """ "; did you mean flux-dev?", or nothing."""
     import difflib
@@ -108,7 +171,7 @@ def shown(value) -> str:
     return str(value) or "none"
 
 
-def setting(default, help: str, may: Range | Choice | None = None, group: str = ""):
+def setting(default, help: str, may: Range | Choice | Text | None = None, group: str = ""):
     """A field of Config. group: the title that --help gives to this field and those after it."""
     about = {"help": help, "may": may, "group": group}
     return dataclasses.field(default=default, metadata=about)
@@ -145,6 +208,11 @@ class Config:
     )
     merge: tuple[str, ...] = setting((), "LoRA files added to that first, FILE or FILE:SCALE")
     t5: bool = setting(True, "SD 3.5: read captions with T5 too, not with CLIP alone")
+    t5_length: int = setting(
+        0,
+        "SD 3.5: tokens of a caption that T5 reads; 0: 256 as in diffusers; ComfyUI: 77",
+        Range(low=0, high=512),
+    )
     bf16: bool = setting(True, "compute in bf16; trained weights and losses stay fp32")
     tf32: bool = setting(
         True, "convolutions in fp32, as the discriminator's heads have, round to 10 bits on a GPU"
@@ -257,10 +325,13 @@ class Config:
     save_minutes: float = setting(0.0, "minutes between them, whichever is first; 0: any", AMOUNT)
     keep: int = setting(2, "checkpoints kept", COUNT)
     exam_every: int = setting(125, "iterations between exams and sheets; 0: none", AMOUNT)
-    show: tuple[str, ...] = setting((), "prompts of the sheets; none: the data's first captions")
+    show: tuple[str, ...] = setting(
+        (), "prompts of the sheets; none: the data's first captions", Text()
+    )
     table: bool = setting(True, "the teacher too in the table at the end")
 
 
+PLACES = ("weights", "data", "cache", "out")  # paths
 HOUSEKEEPING = (
     "out",
     "export",
@@ -286,7 +357,7 @@ SHARED_OUT = ("batch", "accumulate", "shard")  # ranks may change, the samples o
 class Value(argparse.Action):
     """A flag's value, or values. may: what they may be, checked where the flag is read."""
 
-    def __init__(self, *, may: Range | Choice | None = None, **options):
+    def __init__(self, *, may: Range | Choice | Text | None = None, **options):
         super().__init__(**options)
         self.may = may
         if isinstance(may, Choice) and self.metavar is None:
@@ -309,6 +380,9 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, Value)  # what a flag is that names no other action
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        for stream in (sys.stdout, sys.stderr):  # whose encoding may lack what is said
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             wrong = next((word for word in unknown if word.startswith("--")), "")
@@ -326,7 +400,7 @@ class Parser(argparse.ArgumentParser):
         return near(name, flags)
 
     def error(self, message: str) -> NoReturn:
-        text = f"{self.prog}: {message} ({self.prog} --help lists the options)\n"
+        text = f"{self.prog}: {legible(message)} ({self.prog} --help lists the options)\n"
         self.exit(2, text if os.environ.get("RANK", "0") == "0" else None)
 
 
@@ -340,7 +414,7 @@ def refuse(error: Exception | str, spoken: bool | None = None) -> NoReturn:
     spoken: whether this rank says it; None: the first does.
     """
     if os.environ.get("RANK", "0") == "0" if spoken is None else spoken:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {legible(error)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -364,6 +438,7 @@ def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Confi
     cfg = dataclasses.replace(preset, **fewer.get(steps, {}))
     cfg = dataclasses.replace(cfg, **flags)
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}")
+    cfg = dataclasses.replace(cfg, **{name: home(getattr(cfg, name)) for name in PLACES})
     check(cfg)
     return cfg
 
@@ -391,16 +466,20 @@ def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
 
 
 def differences(old: dict, new: Config) -> list[str]:
-    """Fields, housekeeping aside, in which a saved configuration differs: "field: old -> new"."""
+    """Fields, housekeeping aside, in which a saved configuration differs: "field: old -> new".
+
+    Whether the data are the same, dataset/identity.py says: their path does not.
+    """
     now = dataclasses.asdict(new)
     as_list = {
         name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
     }
-    names = [name for name in as_list if name not in HOUSEKEEPING + SHARED_OUT]
+    later = {"t5_length": 0}  # fields that runs begun earlier do not have
+    names = [name for name in as_list if name not in (*HOUSEKEEPING, *SHARED_OUT, "data")]
     return [
-        f"{name}: {old.get(name)} -> {as_list[name]}"
+        f"{name}: {old.get(name, later.get(name))} -> {as_list[name]}"
         for name in names
-        if old.get(name) != as_list[name]
+        if old.get(name, later.get(name)) != as_list[name]
     ]
 
 

@@ -31,7 +31,6 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
 
 import argparse
 import json
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,8 +40,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import Refusal, refuse
-from dataset.images import read_text
+from config import Refusal, legible, refuse
+from dataset.captions import read_prompts
 from dataset.sources import captions_of, open_data
 from digits.exam import Exam, aligned, format_table
 from engine import ranks
@@ -57,6 +56,7 @@ from engine.drawing import (
     settings_of,
 )
 from engine.pictures import side_by_side
+from engine.run import say
 from measure.scorers import (
     GIVEN,
     PIXELS,
@@ -70,7 +70,7 @@ from measure.scorers import (
 )
 from nets.weights import DTYPES
 from teachers import Teacher
-from teachers.students import Student, find_student, remember, remembered, student_file
+from teachers.students import Student, find_student, reading, remember, remembered, student_file
 
 FEWEST = (4, 16)  # prompts, images: half of them must have neighbours
 
@@ -82,9 +82,10 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     """All that is drawn, from what was asked; every file is found. ValueError or OSError."""
     own_denoiser = denoiser_file(given.teacher)
     students = find_students(given, None if own_denoiser else given.teacher)
-    family = next(iter(students.values())).family
-    preset = family.preset
-    if family.own_data and given.data:
+    first = next(iter(students.values()))
+    tokens = given.t5_length or first.t5_length
+    family, preset = reading(first.family, tokens), first.family.preset
+    if family.own_data and given.data is not None:
         raise Refusal(f"--data {given.data}: {family.own_data} has its own; or give --prompts")
     size = given.size or one_size(students) or preset.size
     family.check_size(size)
@@ -110,9 +111,10 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         prompts=prompts,
         each=each,
         samplings=ways(given, students, guidance, family),
-        out=given.out or next(iter(students.values())).path.parent / "evaluation",
+        out=given.out or first.path.parent / "evaluation",
         students=students,
         adapter_scale=given.adapter_scale,
+        t5_length=tokens,
     )
     return task, exam
 
@@ -173,7 +175,7 @@ def ask(
             raise Refusal(f"--per-prompt is {given.per_prompt}; the exam draws {each}")
     else:
         n = given.n or 5000
-        prompts = read_prompts(given, family, size, n)
+        prompts = prompts_of(given, family, size, n)
         each = given.per_prompt or max(1, n // len(prompts))
     prompts = prompts[: n // each]
     if len(prompts) < FEWEST[0] or len(prompts) * each < FEWEST[1]:
@@ -182,17 +184,16 @@ def ask(
     return prompts, each
 
 
-def read_prompts(
+def prompts_of(
     given: argparse.Namespace, family: Teacher, size: tuple[int, int], count: int
 ) -> list[str]:
     """The lines of --prompts, or captions of --data, at most `count`."""
     if given.prompts:
-        prompts = [line.strip() for line in read_text(given.prompts).splitlines()]
-        prompts = [prompt for prompt in prompts if prompt]
-        if not prompts:
-            raise Refusal(f"{given.prompts} holds no prompt; give one a line")
-        return prompts
-    return captions_of(open_data(given.data or family.preset.data, size, 0), count)
+        return read_prompts(given.prompts)
+    data = open_data(family.preset.data if given.data is None else given.data, size, 0)
+    if remark := data.remark():
+        say(remark)
+    return captions_of(data, count)
 
 
 def ways(
@@ -303,8 +304,7 @@ def picture(task: Task, path: Path) -> None:
         images = read_images(task, s, ks)
         shrink = max(1, max(images.shape[2:]) // 192)
         columns[s.name] = F.avg_pool2d(images, shrink).unflatten(0, (shown, samples))
-    captions = [textwrap.shorten(prompt, 40, placeholder=" ...") for prompt in task.prompts[:shown]]
-    side_by_side(path, captions, columns, scale=max(1, 64 // min(images.shape[2:])))
+    side_by_side(path, task.prompts[:shown], columns, scale=max(1, 64 // min(images.shape[2:])))
 
 
 def main() -> None:
@@ -334,7 +334,7 @@ def main() -> None:
         picture(task, task.out / "samples.png")
         for student in task.students.values() if given.remember else ():
             remember(student)
-        print(f"{task.out}: images, metrics.json, samples.png")
+        print(f"{legible(task.out)}: images, metrics.json, samples.png")
     ranks.stop()
 
 

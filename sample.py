@@ -31,26 +31,27 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Refusal
-from dataset.images import read_text
+from config import Refusal, legible
+from dataset.captions import read_prompts
 from engine import ranks
 from engine.batch import encode_all
 from engine.build import channels_last, check_base, check_compiler, identity, run_blocks
-from engine.pictures import save_png
+from engine.pictures import check_finite, save_png
 from engine.run import say
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher, find
 from teachers.elsewhere import explain
-from teachers.students import Student, find_student, remember, times_of
+from teachers.students import Student, find_student, reading, remember, times_of
 
 
 def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher, Student | None]:
     """The settings that images are made with and carry, whose they are, and the student if it is
     not its teacher that draws. ValueError."""
     student = asked_student(given) if given.checkpoint else None
-    family = student.family if student else find(given.teacher)
+    tokens = given.t5_length or (student.t5_length if student else 0)
+    family = reading(student.family if student else find(given.teacher), tokens)
     preset = family.preset
     size = tuple(given.size or (student and student.size) or preset.size)
     settings = {"teacher": family.name, "size": size}
@@ -69,11 +70,15 @@ def resolve_settings(given: argparse.Namespace) -> tuple[dict, Teacher, Student 
     given.scale = given.scale or family.enlarged
     settings |= {"base": Path(given.base).name} if given.base else {}
     settings |= {"merge": [Path(file).name for file in given.merge]} if given.merge else {}
+    settings |= {"t5_length": tokens} if tokens else {}
     settings["dtype"] = given.dtype or ("bf16" if preset.bf16 else "fp32")
     if (student.fitted if student else family).guided_by == "none" and given.guidance:
         raise Refusal(f"--guidance {given.guidance:g}: {family.name} takes none")
     if student and given.merge and not student.is_lora:
         raise Refusal("--merge: LoRAs are merged into a teacher, or what a LoRA stands on")
+    if given.negative and not (family.uses_null and guidance):
+        why = "is drawn without guidance" if family.uses_null else "takes no negative prompt"
+        raise Refusal(f'--negative "{given.negative}": {family.name} {why}')
     family.check_size(size)
     return settings, family, student
 
@@ -123,14 +128,10 @@ def trained_on(given: argparse.Namespace, student: Student | None, files: Files)
     return f"{was}; give them with --base and --merge"
 
 
-def read_prompts(given: argparse.Namespace) -> list[str]:
+def prompts_of(given: argparse.Namespace) -> list[str]:
     if given.prompt is not None:
         return [given.prompt]
-    lines = read_text(given.prompts).splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise Refusal(f"{given.prompts} holds no prompt")
-    return prompts
+    return read_prompts(given.prompts)
 
 
 def out_paths(out: Path, count: int) -> list[Path]:
@@ -148,7 +149,7 @@ def main() -> None:
             print(explain(asked_student(given)))
             return
         settings, family, student = resolve_settings(given)
-        jobs = [(prompt, seed) for prompt in read_prompts(given) for seed in given.seed]
+        jobs = [(prompt, seed) for prompt in prompts_of(given) for seed in given.seed]
         paths = out_paths(given.out, len(jobs))
         size, dtype = settings["size"], DTYPES[settings["dtype"]]
         whole = student and not student.is_lora
@@ -180,11 +181,13 @@ def main() -> None:
         how = (settings["taus"], settings["sampler"], uncond, settings["guidance"] or None)
         with torch.no_grad():
             images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        with ranks.refusals():
+            check_finite(images, [f'"{prompt}", seed {seed},' for prompt, seed in part])
         for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):
             save_png(image, path, settings | {"prompt": prompt, "seed": seed}, given.scale)
         bar.update(len(part))
     bar.close()
-    print(paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}")
+    print(legible(paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import Parser
+from config import Parser, place
 from dmd import dmd_loss, fake_loss, student_input
 from engine.pictures import Graph, points_and_graphs
 from ida import ida_update
@@ -132,7 +132,7 @@ def swd(points: Tensor, target) -> float:
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="default: runs/toy")
+    parser.add_argument("--out", type=place, default=Path("runs/toy"), help="default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="of every random number; default: 0")
     given = parser.parse_args()
     try:

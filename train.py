@@ -34,10 +34,12 @@ from tqdm import tqdm
 
 from config import Config, refuse
 from dataset.ahead import Ahead
+from dataset.identity import identity
+from dataset.sources import some_captions
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
 from engine import checkpoint, ranks
-from engine.batch import Batch, fill_cache, ids_of, load_batch
+from engine.batch import Batch, fill_cache, ids_of, load_batch, say_cut
 from engine.build import (
     Learner,
     Nets,
@@ -270,6 +272,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
         say(remark)
     for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
         say(line)
+    if nets.text:
+        say_cut(nets.text, some_captions(data), "captions")
     log = LogFile(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
     steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)
@@ -316,7 +320,8 @@ def main() -> None:
         data = open_inputs(cfg, family)
         check_export(cfg, family)
         digests = {"denoiser": base_of(cfg, family)}
-        out = prepare_folder(cfg, given.overwrite, digests)
+        same = identity(data) if ranks.rank() == 0 else {}
+        out = prepare_folder(cfg, given.overwrite, digests, data, same)
         data = make_reals(cfg, family, device) if cfg.make_reals else data
         cache = fill_cache(cfg, family, data, device) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
@@ -327,6 +332,7 @@ def main() -> None:
             exam.ask_teacher(teacher)
     if ranks.rank() == 0:  # not before: what was refused leaves nothing behind
         settings = dataclasses.asdict(cfg) | {"world": ranks.world(), "digests": digests}
+        settings |= {"identity": same}
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     start = time.time()
     try:

@@ -18,7 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from config import Refusal
 from dataset.images import Pairs
 from nets.layers import send
+from nets.spelled import spelled
 from nets.weights import open_weights
 
 SHARD = 256  # samples in a file: with FLUX's text 1 GiB
@@ -50,14 +50,16 @@ def check_purpose(folder: Path, about: dict, flag: str = "--cache") -> None:
     if path.is_file():
         try:
             was = json.loads(path.read_text())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise Refusal(f"{path} is damaged; choose another {flag}, or remove it") from None
+        was = was if isinstance(was, dict) else {}
         changed = [f"{k}: {was.get(k)} -> {v}" for k, v in about.items() if was.get(k) != v]
         if changed:
             raise Refusal(
                 f"{flag} {folder} was made for something else ({'; '.join(changed)}); "
                 "choose another folder"
             )
+        return  # it may be where nobody writes
     part = path.with_name(f"about.{os.getpid()}.part")  # several ranks write the same
     part.write_text(json.dumps(about, indent=1))
     os.replace(part, path)
@@ -88,7 +90,8 @@ def write_cache(
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         path = shard_path(folder, k)
         part = path.with_suffix(".part")
-        save_file(tensors, part, metadata={"keys": json.dumps(keys)})
+        with spelled(part) as named:
+            save_file(tensors, named, metadata={"keys": json.dumps(keys)})
         os.replace(part, path)
 
 
@@ -112,7 +115,7 @@ class Cache:
             with open_weights(path) as file:
                 keys = json.loads((file.metadata() or {}).get("keys", "[]"))
             self.places |= {key: (path, row) for row, key in enumerate(keys)}
-        self.open = lru_cache(maxsize=64)(lambda path: safe_open(path, framework="pt"))
+        self.open = lru_cache(maxsize=64)(open_weights)
 
     def rows(self, pairs: Pairs, device: torch.device | str) -> dict[str, Tensor]:
         """What `compute` gave for these samples. Raises ValueError for one that is not there."""

@@ -5,6 +5,7 @@
     load_batch    from the frozen networks, or from a cache of what they made
     frozen_rows   what they make of samples
     encode_all    prompts ahead, so that the encoders can go
+    say_cut       how many captions are longer than what is read of them
     fill_cache    --cache: written where it is not there yet, by all ranks; then only read
 
 B batch, C h w latent, E width of the discriminator's text.
@@ -22,8 +23,11 @@ from tqdm import tqdm
 from config import Config, Refusal
 from dataset.ahead import batch_ids
 from dataset.cache import Cache, check_purpose, complete, send_rows, write_cache
+from dataset.sources import some_captions
 from engine import ranks
 from nets.layers import send
+from nets.spelled import spelled
+from nets.text import count_cut
 from nets.weights import open_weights
 from schedule import Cond
 from teachers import Teacher
@@ -114,6 +118,7 @@ def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cach
     folder, count = Path(cfg.cache), data.epochs.length
     about = {"teacher": family.name, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
     about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
+    about["t5_length"] = cfg.t5_length or None  # none: as of caches made before there was a choice
     check_purpose(folder, about)
     there = complete(folder, count, family.uses_null)
     if not ranks.agree(there, device):  # asked before any rank writes
@@ -123,7 +128,9 @@ def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cach
         reader = family.load_reader(files, *how) if cfg.w_gan else None
         if family.uses_null and ranks.rank() == 0:
             null = text([""], device, uncropped(cfg.size))
-            save_file({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors")
+            with spelled(folder / "null.safetensors") as path:
+                save_file({name: x.cpu() for name, x in null.items()}, path)
+        say_cut(text, some_captions(data), "captions")
         share = (ranks.rank(), ranks.world())
 
         def compute(pairs) -> dict[str, Tensor]:
@@ -160,9 +167,20 @@ def encode_all(
 ) -> dict[str, Cond]:
     """The cond of every caption (no batch dimension), on the CPU, so that the encoders can go."""
     captions, conds = list(dict.fromkeys(captions)), {}
+    say_cut(text, captions, "prompts")
     for start in tqdm(range(0, len(captions), batch), desc="prompts", leave=False):
         part = captions[start : start + batch]
         cond = text(part, device, uncropped(size))
         for k, caption in enumerate(part):
             conds[caption] = {name: tensor[k].cpu() for name, tensor in cond.items()}
     return conds
+
+
+def say_cut(text: nn.Module, captions: list[str], what: str) -> None:
+    """Once, before they are read; by rank 0, of those that it looked at."""
+    found = count_cut(text, captions) if captions else {}
+    if found and ranks.rank() == 0:
+        told = [
+            f"{cut} of {len(captions):,} after {length} tokens" for length, cut in found.items()
+        ]
+        tqdm.write(f"{what} longer than what is read of them are cut: {', '.join(told)}")

@@ -31,7 +31,7 @@ from dataset.sources import Prompts, open_data
 from discriminator import Discriminator
 from dmd import fake_loss, student_input
 from engine import ranks
-from engine.batch import load_batch, read_null, uncropped
+from engine.batch import load_batch, read_null, say_cut, uncropped
 from engine.run import say
 from engine.views import Roles, check_views, load_views, one_fixed, view_of, whole_view
 from nets.files import Files
@@ -324,6 +324,8 @@ def freeze(net: nn.Module) -> None:
 def encode_shown(cfg: Config, text, device: torch.device) -> dict[str, Cond] | None:
     """The prompts of --show, (1, ...) each."""
     sizes = uncropped(cfg.size)
+    if cfg.show:
+        say_cut(text, list(cfg.show), "prompts of --show")
     return {prompt: text([prompt], device, sizes) for prompt in cfg.show} or None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.batch import encode_all
-from engine.pictures import save_png
+from engine.pictures import check_finite, save_png
 from measure.distances import from_uint8
 from nets.files import Files, fingerprint
 from nets.weights import DTYPES
@@ -62,6 +62,7 @@ class Task:
     students: dict[str, Student] = field(default_factory=dict)  # by who draws
     adapter_scale: float = 1.0  # of a student's LoRA
     merge: tuple[str, ...] = ()  # LoRA files in the teacher, FILE or FILE:SCALE
+    t5_length: int = 0  # tokens; 0: the teacher's own
 
     @property
     def count(self) -> int:
@@ -83,7 +84,8 @@ def alike(task: Task, s: Sampling) -> dict:
     found = {"teacher": task.family.name, "weights": weights, "size": list(task.size)}
     found |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
     found |= {"dtype": task.dtype, "seed": task.seed}
-    return found | ({"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {})
+    found |= {"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {}
+    return found | ({"t5_length": task.t5_length} if task.t5_length else {})
 
 
 def settings_of(task: Task, s: Sampling) -> Callable[[int], dict]:
@@ -96,7 +98,7 @@ def is_there(path: Path, settings: dict) -> bool:
     try:
         with Image.open(path) as picture:
             return json.loads(picture.text["settings"]) == settings
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, SyntaxError, RecursionError):
         return False  # absent, damaged, or of another making
 
 
@@ -189,6 +191,7 @@ def draw_images(
         uncond = stack([""] * len(part)) if s.guidance and task.family.uses_null else None
         how = (list(taus), s.sampler, uncond, s.guidance)
         images = vae.decode(draw_samples(net, eps, cond, *how, draws))
+        check_finite(images, [f'"{task.prompts[k // task.each]}" ({s.name}, {k})' for k in part])
         for k, image in zip(part, images, strict=True):
             save_image(image, task.path(s, k), settings(k))
         bar.update(len(part))

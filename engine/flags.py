@@ -18,19 +18,24 @@ from config import (
     AMOUNT,
     ANY,
     COUNT,
+    PLACES,
     POSITIVE,
     Choice,
     Config,
     Parser,
     Range,
     Refusal,
+    Text,
     flag,
+    home,
     near,
+    place,
     refuse,
     shown,
 )
 from engine.cards import CARDS
-from teachers import configure, find, is_named, listed, names
+from teachers import FOUND, configure, find, is_named, listed, names
+from teachers.students import reading
 
 HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
@@ -95,7 +100,9 @@ def train_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
                 fields[name].help += f" (default: {shown(value)})"
             parser.print_help()
             parser.exit()
-        return configure(**flags), given
+        cfg = configure(**flags)
+        FOUND[cfg.teacher] = reading(find(cfg.teacher), cfg.t5_length)  # whoever asks for it
+        return cfg, given
     except Refusal as error:
         refuse(error)
 
@@ -120,6 +127,7 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
             options["nargs"] = "*" if rest[-1] is Ellipsis else 1 + len(rest)
         if not isinstance(about["may"], Choice):
             options["metavar"] = kind.__name__.upper()
+        kind = home if field.name in (*PLACES, "teacher") else kind
         flags[field.name] = group.add_argument(name, type=kind, may=about["may"], **options)
         if field.name in SWITCHES:
             switch, off = SWITCHES[field.name]
@@ -134,31 +142,33 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
 def sample_arguments(about: str | None) -> argparse.Namespace:
     parser = Parser(description=about, **HOW)
     student = "a student: saved by train.py, or anybody's, a file or a folder"
-    parser.add_argument("--checkpoint", type=Path, help=student)
+    parser.add_argument("--checkpoint", type=place, help=student)
     known = ", ".join(names(trained=False))
     teacher = f"a teacher itself: {known}, or mine.py (which beside --checkpoint names its teacher)"
-    parser.add_argument("--teacher", help=teacher)
+    parser.add_argument("--teacher", type=home, help=teacher)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="what to draw")
-    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    what.add_argument("--prompt", may=Text(), help="what to draw")
+    what.add_argument("--prompts", type=place, help="a text file, one prompt a line")
     rows = "no image: how other programs draw with this student"
-    what.add_argument("--explain", type=Path, metavar="STUDENT", help=rows)
+    what.add_argument("--explain", type=place, metavar="STUDENT", help=rows)
     steps = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
     parser.add_argument("--steps", type=int, may=COUNT, help=steps)
     sampler = "default: x0, euler for a teacher"
     parser.add_argument("--sampler", may=SAMPLER, help=sampler)
     guidance = "default: none, a teacher's own for a teacher"
     parser.add_argument("--guidance", type=float, may=AMOUNT, help=guidance)
-    parser.add_argument("--negative", default="", help="negative prompt, where guidance takes one")
+    negative = "negative prompt, where guidance takes one"
+    parser.add_argument("--negative", may=Text(), default="", help=negative)
     add_size(parser, "what the teacher was made for")
     seed = "one image of each prompt per seed"
     parser.add_argument("--seed", type=int, may=ANY, nargs="+", default=[0], help=seed)
     batch = "images at a time; default: 64 digits, else 1"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
-    parser.add_argument("--weights", default="", help="folder of the official files")
+    parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     add_base(parser)
     without = "SD 3.5: read prompts without T5, which need not be there then"
     parser.add_argument("--no-t5", action="store_true", help=without)
+    add_t5_length(parser)
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
     compile = "compile the denoiser's blocks: for many images of one size"
     parser.add_argument("--compile", action="store_true", help=compile)
@@ -168,7 +178,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     add_adapter_scale(parser)
     scale = "enlargement; default: 1, the embedded task 8"
     parser.add_argument("--scale", type=int, may=COUNT, help=scale)
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: out.png")
+    parser.add_argument("--out", type=place, default=Path("out.png"), help="default: out.png")
     given = parser.parse_args()
     try:
         check_said(given)
@@ -187,14 +197,16 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
 def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser = Parser(description=about, **HOW)
     student = "students: saved by train.py, or anybody's, files or folders; a row each"
-    how = {"type": Path, "nargs": "+", "metavar": "STUDENT", "required": True}
+    how = {"type": place, "nargs": "+", "metavar": "STUDENT", "required": True}
     parser.add_argument("--student", help=student, **how)
     teacher = f"{', '.join(names())}, a file of its denoiser, or mine.py; default: the student's"
-    parser.add_argument("--teacher", help=teacher)
+    parser.add_argument("--teacher", type=home, help=teacher)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    what.add_argument("--prompts", type=place, help="a text file, one prompt a line")
     data = "the captions of these images, or prompts; as for train.py"
-    what.add_argument("--data", help=f"{data} (default: data; the embedded task: its exam)")
+    what.add_argument(
+        "--data", type=home, help=f"{data} (default: data; the embedded task: its exam)"
+    )
     steps = "the student's numbers of steps; default: 1,2,4,8"
     parser.add_argument("--steps", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help=steps)
     steps = "of the teacher's images that others are held against; default: 50"
@@ -212,11 +224,12 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     add_size(parser, "the student's")
     batch = "images at a time; default: 256 digits, else 1"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
-    parser.add_argument("--weights", default="", help="folder of the official files")
+    parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
     add_said(parser)
+    add_t5_length(parser)
     add_adapter_scale(parser)
-    parser.add_argument("--inception", type=Path, help="weights file of the FID's network")
+    parser.add_argument("--inception", type=place, help="weights file of the FID's network")
     for title, repo, file in (
         ("CLIP-g", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.safetensors"),
         ("CLIP-H", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
@@ -224,11 +237,11 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
         ("HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     ):
         weights = f"its weights, adds {title}; {file} of {repo}"
-        parser.add_argument(f"--{title.lower()}", type=Path, metavar="FILE", help=weights)
+        parser.add_argument(f"--{title.lower()}", type=place, metavar="FILE", help=weights)
     resamples = "of the bootstrap; default: 50"
     parser.add_argument("--resamples", type=int, may=Range(low=2), default=50, help=resamples)
     out = "folder of images and results; default: evaluation/ beside the first student"
-    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--out", type=place, help=out)
     given = parser.parse_args()
     try:
         check_said(given)
@@ -264,7 +277,7 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     """The preset with what of it was given, and all arguments."""
     parser = Parser(description=about, **HOW)
     teacher = f"whose preset is timed: {', '.join(names())}, or mine.py; default: digits"
-    parser.add_argument("--teacher", default="digits", help=teacher)
+    parser.add_argument("--teacher", type=home, default="digits", help=teacher)
     add_size(parser, "the preset's")
     batch = "samples; default: the preset's"
     parser.add_argument("--batch", type=int, may=COUNT, help=batch)
@@ -285,7 +298,7 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     may, how = Range(low=1, high=4), {"metavar": "N", "nargs": "+", "default": every}
     parser.add_argument("--parts", type=int, may=may, help=parts, **how)
     out = "a JSON file; default: none, of --gpu-check gpu-check.json"
-    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--out", type=place, help=out)
     given = parser.parse_args()
     flags = {name: getattr(given, name) for name in ("size", "batch", "recompute", "disc_channels")}
     try:
@@ -313,7 +326,7 @@ def ablation_arguments(about: str | None) -> argparse.Namespace:
     jobs, cores = "runs at once; default: {}, the number of cores", os.cpu_count()
     parser.add_argument("--jobs", type=int, may=COUNT, default=cores, help=jobs.format(cores))
     out = Path("runs/ablation")
-    parser.add_argument("--out", type=Path, default=out, help=f"default: {out}")
+    parser.add_argument("--out", type=place, default=out, help=f"default: {out}")
     given = parser.parse_args()
     if "RANK" in os.environ:
         refuse("torchrun is not needed; --jobs runs several at once")
@@ -325,6 +338,11 @@ def pretrain_arguments(about: str | None) -> argparse.Namespace:
     which = Choice(("all", "judge", "backbone", "teacher", "samples"))
     parser.add_argument("which", nargs="?", default="all", may=which, help="default: all")
     return parser.parse_args()
+
+
+def add_t5_length(parser: Parser) -> None:
+    help = "SD 3.5: tokens of a prompt that T5 reads; default: the student's, else 256"
+    parser.add_argument("--t5-length", type=int, may=Range(low=1, high=512), default=0, help=help)
 
 
 def add_adapter_scale(parser: Parser) -> None:

@@ -1,6 +1,7 @@
 """What a run shows, as PNGs.
 
 save_png            one image, with its settings
+check_finite        whether there is one
 side_by_side        captions, and samples in columns
 aligned             a table as text
 curves              losses and exams over a run
@@ -21,6 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from config import Refusal
+from engine.lettering import LINE, SIZE, font_for, wrapped
 from measure.distances import to_uint8
 
 
@@ -39,10 +42,20 @@ def save_png(image: Tensor, path: Path, settings: dict, scale: int = 1) -> None:
     enlarge(image, scale).save(path, pnginfo=text)
 
 
+def check_finite(images: Tensor, whose: list[str]) -> None:
+    """Refusal where an image (B, 3, H, W) holds what is no number, and would be black."""
+    for image, name in zip(images, whose, strict=True):
+        if not image.isfinite().all():
+            raise Refusal(
+                f"the image of {name} holds values that are not finite, and is not written; "
+                "a smaller --guidance, or --dtype fp32, may be all that it takes"
+            )
+
+
 def side_by_side(
     path: Path, captions: list[str], columns: dict[str, Tensor], scale: int = 4
 ) -> None:
-    """A PNG: one line per caption, one group of samples per column.
+    """A PNG: one row per caption, one group of samples per column.
 
     columns: title -> (captions, samples, 3, H, W).
     """
@@ -50,13 +63,18 @@ def side_by_side(
     height, width = scale * rows + 6, scale * across + 2
     left, top, group = 300, 28, samples * width + 16
     size = (left + len(columns) * group, top + len(captions) * height)
-    picture, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=15)
+    picture, font = Image.new("RGB", size, "white"), ImageFont.load_default(SIZE)
     draw = ImageDraw.Draw(picture)
     for i, caption in enumerate(captions):
-        draw.text((8, top + i * height + height // 2 - 12), caption, fill="black", font=font)
+        own, y = font_for(caption), top + i * height + height // 2 - 12
+        lines = wrapped(caption, own, left - 16, max(1, height // LINE))
+        for k, line in enumerate(lines):
+            at = (8, y + LINE * k - LINE * (len(lines) - 1) // 2)
+            draw.text(at, line, fill="black", font=own)
     for column, (title, images) in enumerate(columns.items()):
         x = left + column * group
-        draw.text((x, 6), title, fill="black", font=font)
+        (line,) = wrapped(title, font, group - 4, 1)
+        draw.text((x, 6), line, fill="black", font=font)
         for i in range(len(captions)):
             for k in range(samples):
                 picture.paste(enlarge(images[i, k], scale), (x + k * width, top + i * height))

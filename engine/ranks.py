@@ -45,7 +45,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import Refusal, is_refusal, refuse
+from config import Refusal, is_refusal, legible, refuse
 from nets.layers import send
 
 TRAINED = 4 + 4 + 8  # bytes per trained weight in fp32: itself, its gradient, Adam's two moments
@@ -146,7 +146,8 @@ def reason(error: BaseException) -> str:
     """On one line. torch.distributed.checkpoint wraps what happened, per rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).split("\n")[0] or type(error).__name__
+    ours = isinstance(error, (Refusal, OSError))  # whose line ends are in a name
+    return (legible(error) if ours else str(error).split("\n")[0]) or type(error).__name__
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adapter import merged, pairs
-from config import Config, Refusal
+from config import Config, Refusal, legible
 from dataset.images import Pairs
 from engine import ranks
 from engine.batch import load_batch
@@ -63,7 +63,7 @@ def finish(
     if ranks.rank() == 0:
         report(cfg, out, nets, exam, run, time.time() - start)
         made = (name for name in LEFT if (out / name).exists())
-        print(f"{path}; beside it: {', '.join(made)}")
+        print(f"{legible(path)}; beside it: {', '.join(made)}")
 
 
 def is_examined(cfg: Config, family: Teacher) -> bool:
@@ -80,7 +80,8 @@ def check_export(cfg: Config, family: Teacher) -> None:
 
 def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
     """What a student's file says of itself."""
-    return {
+    read = {"t5_length": str(cfg.t5_length)} if cfg.t5_length else {}
+    return read | {
         "format": "pt",  # without it some loaders refuse the file
         **modelspec(nets.family, cfg.student_steps, cfg.size),
         "teacher": nets.family.name,

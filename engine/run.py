@@ -18,19 +18,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import Config, Refusal, differences
+from config import Config, Refusal, differences, legible
+from dataset.identity import changes
 from engine import ranks
 
 
 def say(line: str) -> None:
     if ranks.rank() == 0:
-        tqdm.write(line)
+        tqdm.write("\n".join(map(legible, line.split("\n"))))
 
 
-def prepare_folder(cfg: Config, overwrite: bool, digests: dict[str, str]) -> Path:
+def prepare_folder(
+    cfg: Config, overwrite: bool, digests: dict[str, str], data=None, same: dict | None = None
+) -> Path:
     """The output folder, made if need be. ValueError if it holds a run of another configuration.
 
-    digests: of the weights that the run begins as, by part.
+    digests: of the weights that the run begins as, by part; data, same: the data set, its identity.
     """
     out = Path(cfg.out)
     try:
@@ -48,7 +51,7 @@ def prepare_folder(cfg: Config, overwrite: bool, digests: dict[str, str]) -> Pat
     if saved.is_file():
         try:
             old = json.loads(saved.read_text())
-            changed = differences(old, cfg)
+            changed = differences(old, cfg) + changes(old, same or {}, cfg.data, data)
             changed += other_weights(old, cfg, digests)
         except (json.JSONDecodeError, AttributeError):
             raise Refusal(f"{saved} is damaged; start anew with --overwrite") from None

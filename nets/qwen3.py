@@ -206,6 +206,8 @@ class KleinText(nn.Module):
         """tokenizer: one that fills up."""
         super().__init__()
         self.qwen3, self.tokenizer = qwen3, tokenizer
+        empty = tokenizer.encode(chat("", NO_THINKING)) if tokenizer else None
+        self.around = sum(empty.attention_mask) if empty else 0  # tokens around a caption
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, T), and which of them are no padding (B, T)."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Refusal
+from nets.spelled import spelled
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # what people store large networks in
@@ -30,7 +31,8 @@ def open_weights(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; fetch it, or correct the path")
     try:
-        return safe_open(path, framework="pt")
+        with spelled(path) as named:
+            return safe_open(named, framework="pt")
     except SafetensorError as error:
         raise Refusal(
             f"{path} is damaged or no safetensors file; fetch it again ({seen(path) or error})"

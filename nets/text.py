@@ -2,6 +2,7 @@
 
     clip_tokenizer  from the official vocab.json and merges.txt
     t5_tokenizer    from the official tokenizer.json
+    count_cut       how many prompts are longer than what is read of them
     T5              the encoder of T5 v1.1, with the Hugging Face tensor names
     FluxText        FLUX.1: T5's state of every token, and CLIP-L's one vector
     SD35Text        SD 3.5: both CLIPs' states and T5's, and both CLIPs' one vector
@@ -51,7 +52,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path} is damaged or no JSON; fetch it again ({error})") from None
     if not isinstance(content, dict):
         raise Refusal(f"{path} is no JSON object; fetch it again")
@@ -63,7 +64,7 @@ def clip_tokenizer(vocab: Path, merges: Path, pad: int | None = None) -> Tokeniz
 
     pad: what fills up; None is the end token (CLIP-L), SDXL's second and SD 3.5's CLIP-G have 0.
     """
-    ids, lines = read_json(vocab), read_text(merges).splitlines()
+    ids, lines = read_json(vocab), read_text(merges).split("\n")
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     if not {START, END} <= ids.keys():
         raise Refusal(f"{vocab} is no vocabulary of CLIP: {START} or {END} is not in it")
@@ -104,6 +105,23 @@ def fixed_length(tokenizer: Tokenizer, length: int, pad: int) -> Tokenizer:
 def token_ids(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
     """(B, T)."""
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(captions)])
+
+
+def count_cut(text: nn.Module, captions: list[str]) -> dict[int, int]:
+    """By the number of tokens that a tokenizer of this network reads: how many captions have more,
+    whose end nobody reads. What has no tokenizer, or one without end, cuts none.
+
+    text.around, if it has one: tokens that are put around a caption.
+    """
+    found: dict[int, int] = {}
+    for part in vars(text).values():
+        if isinstance(part, Tokenizer) and part.truncation:
+            length = part.truncation["max_length"]
+            room = length - vars(text).get("around", 0)
+            read = part.encode_batch(captions)
+            cut = sum(bool(one.overflowing) or sum(one.attention_mask) > room for one in read)
+            found[length] = max(cut, found.get(length, 0))
+    return {length: cut for length, cut in found.items() if cut}
 
 
 # --- T5 ------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from config import Refusal
 from nets.names import Other
+from nets.spelled import spelled
 from nets.strict import NO_SCALES, SCALES, compare_forms, compare_names, open_weights
 
 MAPPED = 2**23  # bytes read through one mapping
@@ -370,7 +371,8 @@ def merge_weights(
 def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, metadata=metadata)
+        with spelled(part) as named:
+            save_file(tensors, named, metadata=metadata)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -350,6 +350,8 @@ class ZImageText(nn.Module):
         """tokenizer: one that does not fill up."""
         super().__init__()
         self.qwen3, self.tokenizer = qwen3, tokenizer
+        empty = tokenizer.encode(chat("")) if tokenizer else None
+        self.around = sum(empty.attention_mask) if empty else 0  # tokens around a caption
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, T), zeros behind those of the shorter captions, and lengths (B,)."""

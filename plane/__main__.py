@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from config import Parser
+from config import Parser, place
 from engine.pictures import points_and_graphs
 from plane import scenarios
 from plane.scenarios import SCENARIOS
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("scenario", nargs="*", default=["all"], help="one or several; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant; default: 3")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/plane"), help="folder; default: runs/plane"
+        "--out", type=place, default=Path("runs/plane"), help="folder; default: runs/plane"
     )
     given = parser.parse_args()
     unknown = [name for name in given.scenario if name not in (*SCENARIOS, "all")]
@@ -60,7 +60,10 @@ def main() -> None:
             plots = panels(scenario, results), graphs(scenario, results, taught)
             points_and_graphs(given.out / f"{name}.png", *plots)
             seconds = time.perf_counter() - began
-            print(f"  {given.out / name}.png, {seconds:.0f} s, {given.seeds} seeds\n", flush=True)
+            print(
+                f"  {given.out / name}.png, {seconds:.0f} s, {given.seeds} seeds\n",
+                flush=True,
+            )
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:

@@ -4,6 +4,7 @@ Transformer and autoencoder are in one file, two CLIPs and T5 beside it; --no-t5
 Guidance is classifier-free, away from the encoded empty caption.
 """
 
+import copy
 from dataclasses import replace
 
 from config import Config
@@ -58,7 +59,7 @@ def elsewhere_of(kind: str) -> Elsewhere:
     return Elsewhere(f"stable-diffusion-3-5-{kind}", STABILITY, *classes, repo, **times)
 
 
-T5_TOKENS = 256  # diffusers' length; the released SenseFlow code pads to 77
+T5_TOKENS = 256  # diffusers' length; Stability's code, ComfyUI and SenseFlow's released code: 77
 
 
 def stream(name: str, attn: str, qkv: tuple[str, ...], out: str, norm: str) -> dict:
@@ -112,6 +113,7 @@ class SD35(Teacher):
 
     optional, elsewhere = ("t5", "t5_tokenizer"), elsewhere_of("large")
     with_adapters, lora_format = ADAPTERS, "diffusers"
+    t5_tokens = T5_TOKENS
     dimensions = {"width": 2432, "depth": 38, "heads": 38, "table": 192}
 
     def parts(self) -> dict[str, Part]:
@@ -139,6 +141,12 @@ class SD35(Teacher):
         denoiser = MMDiTConfig(patch=2, channels=16, **self.dimensions, **text)
         return Networks(denoiser, VAES["sd35"], CLIP_L, CLIP_G, T5_XXL)
 
+    def reading(self, tokens: int) -> "SD35":
+        """The same, its T5 reading so many tokens of a caption."""
+        other = copy.copy(self)
+        other.t5_tokens = tokens
+        return other
+
     def build(self, shift: float):
         from nets.mmdit import MMDiT
         from schedule import Flow
@@ -160,22 +168,22 @@ class SD35(Teacher):
         words = clip_tokenizer(*files["clip_l_tokenizer"])
         words_g = clip_tokenizer(*files["clip_g_tokenizer"], 0)
         if "t5" in files:
-            pieces = t5_tokenizer(*files["t5_tokenizer"], T5_TOKENS)
+            pieces = t5_tokenizer(*files["t5_tokenizer"], self.t5_tokens)
             t5 = self.load_part(T5, sizes.t5, "t5", files, *how), pieces
-        blank = T5_TOKENS, sizes.denoiser.context_width  # what stands there without T5
+        blank = self.t5_tokens, sizes.denoiser.context_width  # what stands there without T5
         return SD35Text(clip_l, clip_g, words, words_g, *t5, blank=blank)
 
     def cond_shapes(self) -> dict[str, tuple[int, ...]]:
         from nets.clip import CLIP_LENGTH
 
         cfg = self.sizes.denoiser
-        context = (CLIP_LENGTH + T5_TOKENS, cfg.context_width)
+        context = (CLIP_LENGTH + self.t5_tokens, cfg.context_width)
         return {"context": context, "pooled": (cfg.pooled_width,)}
 
     def text_networks(self, t5: bool = True) -> list:
         from nets.text import T5
 
-        return [*super().text_networks(), *([(T5(self.sizes.t5), T5_TOKENS)] if t5 else [])]
+        return [*super().text_networks(), *([(T5(self.sizes.t5), self.t5_tokens)] if t5 else [])]
 
     def longest(self) -> int:
         return self.unit() * self.sizes.denoiser.table

@@ -6,6 +6,7 @@ find_student   all of that, of a path
 student_file   a folder stands for the student in it: train.py's, or in diffusers' layout
 checked        what a file says is looked at as flags are
 remember       for the next call
+reading        a teacher whose T5 reads more of a caption, or less
 times_of       where it, or its teacher, is called
 """
 
@@ -65,6 +66,11 @@ class Student:
     @property
     def size(self) -> tuple[int, int] | None:
         return tuple(json.loads(self.about["size"])) if "size" in self.about else None
+
+    @property
+    def t5_length(self) -> int:
+        """Tokens of a caption that T5 read; 0: as many as its teacher's does."""
+        return int(self.about.get("t5_length", 0))
 
     @cached_property
     def fitted(self) -> Teacher:
@@ -132,6 +138,17 @@ def find_student(path: Path, teacher: str | None = None, **said) -> Student:
     elif family.name != name:
         raise Refusal(f"--teacher {teacher}: {path} is a student of {name}")
     return Student(path, checked(about, str(path)), family, foreign)
+
+
+def reading(family: Teacher, tokens: int) -> Teacher:
+    """The teacher whose T5 reads so many tokens of a caption; 0: as many as it does. ValueError."""
+    if not tokens:
+        return family
+    if not family.optional:
+        raise Refusal(
+            f"--t5-length {tokens}: only of SD 3.5's T5 is it open, {family.name} has its own"
+        )
+    return family.reading(tokens)
 
 
 def load_student(
@@ -273,7 +290,11 @@ def checked(about: About, where: str) -> About:
         raise Refusal(f"{where}: steps is {about['steps']}, taus has {len(taus)} anchors")
     Choice(SAMPLERS).check(f"{where}: sampler", about["sampler"])
     number("shift", float, POSITIVE)
-    for name, kind, may in (("guidance", float, AMOUNT), ("rank", int, COUNT)):
+    for name, kind, may in (
+        ("guidance", float, AMOUNT),
+        ("rank", int, COUNT),
+        ("t5_length", int, COUNT),
+    ):
         if name in about:
             number(name, kind, may)
     if "size" in about and len(numbers("size", (int,), COUNT)) != 2:

@@ -90,3 +90,19 @@ def test_a_cache_for_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         check_purpose(tmp_path, about)
     assert not list(Path(tmp_path).glob("*.part"))
+
+
+def test_a_finished_cache_is_only_read(tmp_path):
+    """It may lie on a disk that nobody writes to: no file is made anew, and none is another. One
+    from before there was a choice of T5's length is as good."""
+    about = {"teacher": "flux-dev", "t5_length": None}
+    (tmp_path / "about.json").write_text('{"teacher": "flux-dev"}')
+    write_cache(tmp_path, data, 10, 3, compute)
+    before = {path.name: path.stat() for path in tmp_path.iterdir()}
+    check_purpose(tmp_path, about)
+    write_cache(tmp_path, data, 10, 3, compute)
+    assert len(Cache(tmp_path).rows(data([3]), "cpu")) == 2
+    after = {path.name: path.stat() for path in tmp_path.iterdir()}
+    assert before.keys() == after.keys()
+    for name, was in before.items():
+        assert (was.st_ino, was.st_mtime_ns) == (after[name].st_ino, after[name].st_mtime_ns)

@@ -361,6 +361,24 @@ def test_sample_refuses_what_it_cannot_draw(command, student, tmp_path):
     refused(command(sample, "--checkpoint", other, "--prompt", "a one and a two"), "not a student")
 
 
+def test_sample_draws_no_black_image_of_what_is_no_number(command, tmp_path):
+    """The student's weights are sound here, the guidance is not."""
+    ask = ["--teacher", "digits", "--steps", 2, "--prompt", "a one and a two"]
+    result = command(sample, *ask, "--guidance", 1e38, "--out", tmp_path / "x" / "o.png")
+    code, _, err = result
+    assert code == 2 and 'the image of "a one and a two", seed 0, holds values' in err
+    assert not (tmp_path / "x" / "o.png").exists()
+
+
+def test_sample_refuses_a_negative_prompt_that_nothing_reads(command, student):
+    """FLUX takes none; a student is drawn without guidance unless told."""
+    fox = ["--prompt", "a one and a two", "--negative", "a red one and a two"]
+    refused(command(sample, "--teacher", "flux-dev", *fox), "--negative", "no negative prompt")
+    refused(command(sample, "--checkpoint", student, *fox), "--negative", "without guidance")
+    none = (sample, "--teacher", "digits", "--guidance", 0, *fox)
+    refused(command(*none), "--negative", "without guidance")
+
+
 # --- evaluate.py, weights ------------------------------------------------------------------------
 
 

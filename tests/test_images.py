@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import images
+from dataset import pixels, shards
 from dataset.ahead import Ahead, batch_ids
-from dataset.images import Epochs, bucket_sizes, cut, expand, in_batches, tar_members, upright
+from dataset.order import Epochs, bucket_sizes, in_batches
+from dataset.pixels import cut, upright
+from dataset.shards import expand, tar_members
 from dataset.sources import open_data
 
 COUNT, SIZE = 24, (16, 16)
@@ -161,7 +163,7 @@ def test_a_random_crop_is_a_function_of_seed_and_number(tmp_path):
 def test_shards_are_read_window_by_window(write, monkeypatch):
     """24 samples in shards of 8, windows of 4: a window never reaches into more than two shards,
     the shards' order changes, and samples are shuffled within a window."""
-    monkeypatch.setattr(images, "WINDOW", 4)
+    monkeypatch.setattr(shards, "WINDOW", 4)
     source = open_data(write("shards with txt"), SIZE, 0).source
     orders = [source.order(torch.Generator().manual_seed(n)) for n in range(20)]
     for order in orders:
@@ -421,7 +423,7 @@ def damaged(kind: str) -> tuple[bytes, bytes]:
         "truncated": (jpeg[: len(jpeg) // 2], b"half"),
         "no image": (b"<html>gone</html>", b"gone"),
         "empty image": (b"", b"nothing"),
-        "gif": (encoded(flat(0), "GIF"), b"another format"),
+        "icon": (encoded(flat(0), "ICO"), b"another format"),
         "empty caption": (jpeg, b""),
         "blank caption": (jpeg, b" \n\t"),
         "caption not UTF-8": (jpeg, "größer".encode("latin-1")),
@@ -433,7 +435,7 @@ WHY = {
     "truncated": "truncated",
     "no image": "no JPEG, PNG or WebP",
     "empty image": "no JPEG, PNG or WebP",
-    "gif": "no JPEG, PNG or WebP",
+    "icon": "no JPEG, PNG or WebP",
     "empty caption": "caption is empty",
     "blank caption": "caption is empty",
     "caption not UTF-8": "no UTF-8",
@@ -541,9 +543,9 @@ def test_no_damage_to_an_image_ends_a_run():
             broken = broken[: draw.randrange(len(broken))]
         try:
             cut(upright(bytes(broken)), SIZE, (0.5, 0.5))
-        except images.BAD as error:
+        except pixels.BAD as error:
             refused += 1
-            assert images.reason(error) and "\n" not in images.reason(error)
+            assert pixels.reason(error) and "\n" not in pixels.reason(error)
     assert 200 < refused < 1000
 
 
@@ -681,11 +683,12 @@ def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
     image = good()[0][0]
     members = [("a.png", image), ("b.png", image), ("b.txt", b"one"), ("c.txt", b"alone")]
     tar = write_tar(tmp_path / "y" / "0.tar", members)
-    for place, left in ((path, 2), (tar, 1)):
+    why = "1 images without a caption"
+    for place, left, more in ((path, 2, ""), (tar, 1, ", 1 captions without an image")):
         data = open_data(str(place), SIZE, 0)
         assert len(data.source) == left
-        assert data.bad == {str(place): "1 images without a caption"} and data.remark()
+        assert data.bad == {str(place): why + more} and data.remark()
     with pytest.raises(
-        ValueError, match="holds no image with a caption; .*0.tar: 1 images without"
+        ValueError, match=r"holds no image with a caption; .*0.tar \(1 images without"
     ):
         open_data(str(write_tar(tar, members[:1])), SIZE, 0)

@@ -28,7 +28,9 @@ from nets.qwen3 import (
     check_release,
     qwen3_tokenizer,
 )
+from nets.text import count_cut
 from nets.weights import load_weights, read_metadata
+from nets.z_image import ZImageText
 
 HERE = Path(__file__).parent
 TOKENS = json.loads((HERE / "golden" / "qwen3_tokens.json").read_text(encoding="utf-8"))
@@ -231,6 +233,16 @@ def test_a_long_prompt_loses_the_end_of_its_template(file):
     wanted = [i for i, count in about["example_ids_of_512_as_runs"] for _ in range(count)]
     for pad, tail in ((True, NO_THINKING), (False, "")):
         assert ids_of(qwen3_tokenizer(file, 512, pad), chat(word * times, tail)) == [wanted]
+
+
+def test_what_is_around_a_prompt_counts_where_it_is_cut(file):
+    """By klein, whose tail is longer, and by Z-Image: the longest that fits, and one more."""
+    for kind, tail, pad in ((KleinText, NO_THINKING, True), (ZImageText, "", False)):
+        text = kind(None, qwen3_tokenizer(file, 40, pad))
+        ends = qwen3_tokenizer(file, 400, False)
+        prompts = ["a cat" + " a" * n for n in range(40)]
+        long = [len(ids) > 40 for ids in ids_of(ends, *(chat(x, tail) for x in prompts))]
+        assert 0 < sum(long) < 40 and count_cut(text, prompts) == {40: sum(long)}
 
 
 def test_lengths_set_in_the_file_are_ignored(file, tmp_path):

@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +25,11 @@ import teachers
 import train
 from dataset.sources import open_data
 from engine.build import open_training_data
+from engine.results import metadata_of
 from schedule import DDPM, Flow, resolution_shift
 from teachers import configure, find
 from teachers.elsewhere import modelspec
-from teachers.students import load_student
+from teachers.students import load_student, reading
 
 TRAINED = [name for name in SMALL if not find(name).only_sampled]
 
@@ -419,6 +422,27 @@ def test_sd35_reads_prompts_with_or_without_t5(command, folder, tmp_path):
     assert np.array_equal(pixels(out)[0], drawn[1])
     given = ["--teacher", "flux-dev", "--weights", folder("flux-dev"), "--prompt", "fox", "--no-t5"]
     refused(command(sample, *given), "--no-t5", "flux-dev")
+
+
+def test_t5_reads_as_many_tokens_as_asked(command, folder, tmp_path, monkeypatch):
+    """In training, which tells the student's file; in sampling, which asks it; SD 3.5's alone."""
+    place = folder("sd35-medium")
+    family = reading(SMALL["sd35-medium"], 20)
+    text = family.load_text(family.locate(str(place)))
+    cond = text(["red fox"])
+    assert {name: tuple(x.shape[1:]) for name, x in cond.items()} == family.cond_shapes()
+    assert cond["context"].shape[1] == 77 + 20 and reading(family, 0) is family
+    monkeypatch.setattr(sys, "argv", ["train.py", "--teacher", "sd35-medium", "--t5-length", "20"])
+    cfg, _ = train.train_arguments("")
+    assert find("sd35-medium").cond_shapes() == family.cond_shapes()
+    nets = SimpleNamespace(family=family, student=family.build(3.0))
+    assert metadata_of(cfg, nets)["t5_length"] == "20"
+    draw = ["--teacher", "sd35-medium", "--weights", place, "--prompt", "fox", "--steps", 1]
+    out = tmp_path / "x.png"
+    assert command(sample, *draw, "--size", 32, 48, "--t5-length", 30, "--out", out)[0] == 0
+    assert pixels(out)[1]["t5_length"] == 30
+    refused(command(sample, "--teacher", "sdxl", "--prompt", "x", "--t5-length", 77), "--t5-length")
+    refused(command(train, "--teacher", "flux-dev", "--t5-length", 77), "only of SD 3.5's T5")
 
 
 def test_sd35_refuses_sizes_above_its_position_table(command, folder):

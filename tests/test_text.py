@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from digits.words import SceneText
+from engine.batch import say_cut
 from nets.clip import (
     CLIP,
     CLIP_G,
@@ -33,6 +35,7 @@ from nets.text import (
     SDXLText,
     T5Config,
     clip_tokenizer,
+    count_cut,
     relative_buckets,
     size_embedding,
     t5_tokenizer,
@@ -425,6 +428,19 @@ def test_a_prompt_is_read_alike_alone_and_among_others(text):
         assert not torch.allclose(tensor[0], tensor[1], atol=1e-3)
         for b, prompt in enumerate(prompts):
             close(text([prompt])[name], tensor[b : b + 1])
+
+
+def test_prompts_that_are_cut_are_counted_by_what_reads_them(text, capsys):
+    """75 words fill CLIP's 77 tokens; T5 has 10 here, of which one is the end."""
+    assert count_cut(text, ["a red digit", ""]) == {}
+    long = [" ".join(["a"] * n) for n in (75, 76, 9)]
+    assert count_cut(text, long) == {77: 1, 10: 2}
+    say_cut(text, long, "prompts")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "1 of 3 after 77 tokens, 2 of 3 after 10 tokens" in said
+    say_cut(text, ["a red digit"], "prompts")
+    say_cut(SceneText(), ["a one and a two"], "prompts")  # which cuts none
+    assert capsys.readouterr().out == ""
 
 
 # --- SD 3.5 --------------------------------------------------------------------------------------
