@@ -31,6 +31,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,11 +41,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import Refusal, refuse
+from config import Refusal
 from dataset.images import BAD, Images, read_text
 from dataset.sources import open_data
 from digits.exam import Exam, aligned, format_table
 from engine import ranks
+from engine.build import check_headers
 from engine.drawing import (
     Sampling,
     Task,
@@ -52,10 +54,9 @@ from engine.drawing import (
     load_net,
     missing_images,
     read_images,
-    save_image,
     settings_of,
 )
-from engine.pictures import side_by_side
+from engine.pictures import save_png, side_by_side
 from measure.scorers import (
     GIVEN,
     PIXELS,
@@ -67,6 +68,7 @@ from measure.scorers import (
     locate_scorers,
     measure,
 )
+from nets.disk import hold, try_folder, write_text
 from nets.weights import DTYPES
 from teachers import Teacher
 from teachers.students import is_lora, read_student, student_taus, teacher_of
@@ -87,6 +89,8 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     size = tuple(given.size or json.loads(about.get("size", "null")) or preset.size)
     family.check_size(size)
     family.check_measured(size)
+    out = given.out or given.student.parent / "evaluation"
+    try_folder(out)
     files = family.locate(given.weights, denoiser=not own_denoiser or is_lora(about))
     scorers = {} if family.own_features else locate_scorers(given.weights)
     guidance = (preset.guidance if given.guidance is None else given.guidance) or None
@@ -107,25 +111,33 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         prompts=prompts,
         each=each,
         samplings=ways(given, about, guidance, family),
-        out=given.out or given.student.parent / "evaluation",
+        out=out,
         adapter_scale=given.adapter_scale,
     )
     return task, exam
 
 
 def prepare(
-    task: Task, exam: Exam | None, given: argparse.Namespace, device: torch.device
+    task: Task, exam: Exam | None, given: argparse.Namespace, device: torch.device, held: ExitStack
 ) -> dict[str, Path]:
-    """Rank 0: what can go wrong before an image is drawn. Per score the file of its network."""
+    """Rank 0: what can go wrong before an image is drawn. Per score the file of its network.
+
+    The folder is this evaluation's alone until `held` is closed.
+    """
     if ranks.rank() > 0:
         return {}
+    denoisers = {who: paths[-1:] for who, paths in task.denoisers.items()}  # of a LoRA, its base
+    if not is_lora(read_student(given.student)):
+        denoisers["student"] = task.denoisers["student"]
+    denoisers["teacher"] = task.denoisers["teacher"]
+    check_headers(task.family, task.files, denoisers)
     paths = {title: getattr(given, title.lower().replace("-", "_")) for title in GIVEN}
     asked = {title: path for title, path in paths.items() if path}
     if task.family.own_features and asked:
         title = next(iter(asked))
         raise Refusal(f"{title} reads 224 x 224 pixels; {task.family.own_features}")
     scorers = {} if task.family.own_features else check_scorers(task.scorers, asked)
-    task.out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(hold(task.out))
     if exam:
         ask_teacher(task, exam, device)
     return scorers
@@ -199,10 +211,9 @@ def ask_teacher(task: Task, exam: Exam, device: torch.device) -> None:
     reference = task.samplings[0]
     if (reference.steps, task.seed) != (50, 1):
         return
-    task.folder(reference).mkdir(parents=True, exist_ok=True)
     settings = settings_of(task, reference)
     for k in missing_images(task, reference):
-        save_image(exam.floor[k], task.path(reference, k), settings(k))
+        save_png(exam.floor[k], task.path(reference, k), settings(k))
 
 
 # --- measures ------------------------------------------------------------------------------------
@@ -285,31 +296,33 @@ def picture(task: Task, path: Path) -> None:
 
 
 def main() -> None:
-    given = evaluate_arguments(__doc__)
-    try:
-        with ranks.refusals():
-            device = ranks.start()
-            inception = load_inception(given.inception)
-            task, exam = resolve_task(given)
-            scorers, *_ = ranks.on_all_ranks(partial(prepare, task, exam, given, device))
-            draw_missing(task, device, ranks.rank(), ranks.world())
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command draws what is missing")
-    ranks.barrier()
-    if ranks.rank() == 0:
-        with ranks.refusals():
+    given, held = evaluate_arguments(__doc__), ExitStack()
+    stopped = "interrupted; the same command draws what is missing"
+    with ranks.refusals(interrupted=stopped), held:
+        device = ranks.start()
+        inception = load_inception(given.inception)
+        task, exam = resolve_task(given)
+        how = (task, exam, given, device, held)
+        scorers, *_ = ranks.on_all_ranks(partial(prepare, *how))
+        draw_missing(task, device, ranks.rank(), ranks.world())
+        ranks.barrier()
+        if ranks.rank() == 0:
             rows = measure_all(task, scorers, inception, given.resamples, device)
-        print(measures_table(rows))
-        metrics = {"teacher": given.teacher or task.family.name, "student": str(given.student)}
-        metrics |= {"prompts": len(task.prompts), "images": task.count, "seed": task.seed}
-        metrics |= {"size": task.size, "dtype": task.dtype, "measures": rows}
-        if exam:
-            metrics["table"] = examine(task, exam)
-            print("\n" + format_table(metrics["table"]))
-        (task.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        picture(task, task.out / "samples.png")
-        print(f"{task.out}: images, metrics.json, samples.png")
+            report(given, task, exam, rows)
     ranks.stop()
+
+
+def report(given: argparse.Namespace, task: Task, exam: Exam | None, rows: list[dict]) -> None:
+    print(measures_table(rows))
+    metrics = {"teacher": given.teacher or task.family.name, "student": str(given.student)}
+    metrics |= {"prompts": len(task.prompts), "images": task.count, "seed": task.seed}
+    metrics |= {"size": task.size, "dtype": task.dtype, "measures": rows}
+    if exam:
+        metrics["table"] = examine(task, exam)
+        print("\n" + format_table(metrics["table"]))
+    write_text(task.out / "metrics.json", json.dumps(metrics, indent=1))
+    picture(task, task.out / "samples.png")
+    print(f"{task.out}: images, metrics.json, samples.png")
 
 
 if __name__ == "__main__":

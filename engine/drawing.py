@@ -8,7 +8,6 @@ Image k depends on its prompt and on (seed, k) alone, and its PNG carries what i
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,13 +98,6 @@ def missing_images(task: Task, s: Sampling, rank: int = 0, world: int = 1) -> li
     return [k for k in range(rank, task.count, world) if not is_there(task.path(s, k), settings(k))]
 
 
-def save_image(image: Tensor, path: Path, settings: dict) -> None:
-    """Renamed when it is whole."""
-    part = path.with_name(f"{path.stem}.part.png")
-    save_png(image, part, settings)
-    os.replace(part, path)
-
-
 def draw_missing(task: Task, device: torch.device, rank: int = 0, world: int = 1) -> None:
     """Text encoders first, then one denoiser after the other; nothing is loaded for nothing."""
     todo = {s: missing_images(task, s, rank, world) for s in task.samplings}
@@ -164,7 +156,6 @@ def draw_images(
             for name in conds[""]
         }
 
-    task.folder(s).mkdir(parents=True, exist_ok=True)
     settings = settings_of(task, s)
     taus = s.taus or times_of(task.family, net.schedule, s.steps, task.size, s.who == "student")
     for start in range(0, len(ks), task.batch):
@@ -178,7 +169,7 @@ def draw_images(
         how = (list(taus), s.sampler, uncond, s.guidance)
         images = vae.decode(draw_samples(net, eps, cond, *how, draws))
         for k, image in zip(part, images, strict=True):
-            save_image(image, task.path(s, k), settings(k))
+            save_png(image, task.path(s, k), settings(k))
         bar.update(len(part))
 
 

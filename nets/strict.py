@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Refusal
+from nets.disk import check_file
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # what people store large networks in
@@ -27,8 +28,7 @@ NO_WEIGHTS = re.compile(
 
 def open_weights(path: Path):
     """A memory-mapped safetensors file. Raises ValueError or FileNotFoundError in one line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch it, or correct the path")
+    check_file(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
