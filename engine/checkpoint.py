@@ -77,8 +77,13 @@ def save_checkpoint(
         """Digests of this rank's files."""
         writer = dcp.FileSystemWriter(part)
         writer.fs = files = DigestedFiles()
-        with quiet():
-            dcp.save(state, storage_writer=writer, no_dist=alone)
+        try:
+            with quiet():
+                dcp.save(state, storage_writer=writer, no_dist=alone)
+        except CheckpointException:
+            if files.failed:  # of which torch makes an error of its own, without the reason
+                raise files.failed from None
+            raise
         if rank() == 0:
             with files.create_stream(part / "extra.json", "wb") as file:
                 file.write(json.dumps({"step": step, **extra}).encode())
@@ -209,12 +214,16 @@ class DigestedFiles(FileSystem):
 
     def __init__(self):
         self.digests: dict[str, str] = {}
+        self.failed: OSError | None = None
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator["DigestedFile"]:
         assert mode == "wb", f"files of a checkpoint are written once, not {mode}"
         with DigestedFile(path) as file:
-            yield file
+            try:
+                yield file
+            finally:
+                self.failed = self.failed or file.failed
         self.digests[path.name] = file.total.hexdigest()
 
     def rename(self, path: Path, new_path: Path) -> None:
@@ -227,11 +236,15 @@ class DigestedFile(io.BufferedWriter):
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "w"))
-        self.total = hashlib.blake2b()
+        self.total, self.failed = hashlib.blake2b(), None
 
     def write(self, data) -> int:
         self.total.update(data)
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 def digests(path: Path) -> dict[str, str]:

@@ -160,9 +160,7 @@ def hold(folder: Path, flag: str = "--out") -> Iterator[None]:
             f"{flag} {folder} cannot be written to ({why}){full(error)}; choose another"
         ) from None
     try:
-        for left_over in folder.iterdir():
-            if PART.search(left_over.name):
-                remove(left_over)
+        sweep(folder)
         yield
     finally:
         with suppress(OSError):
@@ -171,6 +169,14 @@ def hold(folder: Path, flag: str = "--out") -> Iterator[None]:
         for place in made:  # the innermost first
             with suppress(OSError):
                 place.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Parts of files that a killed process left, but for folders below that others hold."""
+    for place, below, names in os.walk(folder):
+        below[:] = [name for name in below if not Path(place, name, LOCK).exists()]
+        for name in filter(PART.search, names):
+            Path(place, name).unlink(missing_ok=True)
 
 
 def lock(path: Path, name: str) -> int:

@@ -206,9 +206,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     (out / f"student.{other.pid}.part.safetensors").write_text("half")
     other.kill()
     other.join()
-    with disk.hold(out):
-        assert sorted(p.name for p in out.iterdir()) == [".lock", "ready"], "parts go too"
-    assert [p.name for p in out.iterdir()] == ["ready"]
+    with disk.hold(out / "theirs"):
+        (out / "theirs" / "0.7.part.png").write_text("")
+        with disk.hold(out):
+            found = sorted(str(p.relative_to(out)) for p in out.rglob("*"))
+            assert found == [".lock", "ready", "theirs", "theirs/.lock", "theirs/0.7.part.png"]
 
 
 def hold_for_ever(out: Path) -> None:
@@ -362,6 +364,19 @@ def test_what_is_not_finite_is_not_saved(two_saved, tmp_path):
         with pytest.raises(FloatingPointError, match="net.student.weight .*not finite"):
             checkpoint.save_checkpoint(folder, 3, nets, optimizers, {}, keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_disk_that_fills_inside_a_save_is_called_full(tmp_path, monkeypatch):
+    """Where torch writes, it makes of that an error of its own, which does not say why."""
+
+    class Full(checkpoint.DigestedFile):
+        def __init__(self, path):
+            super().__init__(Path("/dev/full"))
+
+    monkeypatch.setattr(checkpoint, "DigestedFile", Full)
+    with pytest.raises(OSError, match=r"step-00000001 cannot be written .*; is the disk full\?"):
+        checkpoint.save_checkpoint(tmp_path, 1, *small(1), {}, keep=1)
+    assert not any(tmp_path.iterdir())
 
 
 def test_ctrl_c_inside_a_save_is_no_full_disk(tmp_path, monkeypatch):
