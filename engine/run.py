@@ -30,7 +30,7 @@ from nets.same import same_weights
 
 def say(line: str) -> None:
     if ranks.rank() == 0:
-        tqdm.write(legible(line))
+        tqdm.write("\n".join(map(legible, line.split("\n"))))
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -233,9 +233,9 @@ class Run:
     def hear(self, number: int, _=None) -> None:
         """In an iteration a signal is heeded when that ends, elsewhere at once. A second Ctrl-C is
         the system's, which ends a process wherever it is, with 130."""
+        self.stop = self.stop or signal.Signals(number).name
         if not self.patient:
             raise ranks.Stopped(number)
-        self.stop = self.stop or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if ranks.rank() == 0:  # not by print, which may be what was interrupted
@@ -243,11 +243,19 @@ class Run:
 
     @contextmanager
     def iterating(self) -> Iterator[None]:
+        """Inside, signals wait."""
+        self.heed()
         self.patient = True
         try:
             yield
         finally:
             self.patient = False
+        self.heed()
+
+    def heed(self) -> None:
+        """Of a signal that came when nothing could be done about it."""
+        if self.stop:
+            raise ranks.Stopped(signal.Signals[self.stop])
 
     def count(self, values: dict[str, float]) -> str:
         """Of what train_step returned. What there is to say of an update that was skipped, now and
@@ -297,5 +305,6 @@ class Run:
         """Returns the first step to do."""
         self.exams = state["exams"]
         for name in COUNTS:
-            setattr(self, name, Counter(state[name]))
+            found = state.get(name)  # a number, or absent, in checkpoints of earlier versions
+            setattr(self, name, Counter(found if isinstance(found, dict) else {}))
         return state["step"]
