@@ -228,7 +228,8 @@ class Run:
         self.patient = False
         self.saved = time.monotonic()  # when this run was
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.hear)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as behind "&" in a script
+                signal.signal(number, self.hear)
 
     def hear(self, number: int, _=None) -> None:
         """In an iteration a signal is heeded when that ends, elsewhere at once. A second Ctrl-C is

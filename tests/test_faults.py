@@ -46,9 +46,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def signals():
-    """As they were."""
+    """As they were afterwards; heard, also behind "&" in a script, which has Ctrl-C ignored."""
     heard = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in heard]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in zip(heard, before, strict=True):
         signal.signal(number, handler)
@@ -611,6 +612,10 @@ def test_a_signal_is_heeded_when_an_iteration_ends_and_elsewhere_at_once():
             time.sleep(1)
         with pytest.raises(ranks.Stopped), carried.iterating():
             pass  # wherever that was swallowed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Run()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN, "who is to hear nothing hears nothing"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     carried = Run()
     with pytest.raises(ranks.Stopped), carried.iterating():
         os.kill(os.getpid(), signal.SIGINT)
