@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -23,6 +24,8 @@ from conftest import refused
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small import SMALL, make_official
+from test_cache import compute
+from test_cache import data as cached_data
 from test_commands import student  # noqa: F401 (a fixture)
 from torch import nn
 
@@ -30,8 +33,9 @@ import sample
 import teachers
 import train
 from config import Config, Range, Refusal, differences, refuse
-from dataset.cache import check_purpose, write_purpose
+from dataset.cache import check_purpose, write_cache, write_purpose
 from engine import checkpoint, ranks
+from engine.batch import fill_cache
 from engine.build import check_weights
 from engine.results import finite
 from engine.run import LogFile, Run, begin, check_run, saved_settings, settings_of
@@ -236,6 +240,21 @@ def test_a_disk_without_locks_goes_by_the_holders_line(tmp_path, monkeypatch):
         line.write_text(f"held by {gone} since then\n")
         with disk.hold(tmp_path):
             assert f"pid {os.getpid()} " in line.read_text()
+
+
+def test_a_finished_cache_is_only_read(tmp_path, monkeypatch):
+    """It may lie on a disk that cannot be written to. Another is one process's at a time."""
+    pictures = SimpleNamespace(epochs=SimpleNamespace(length=4), data=cached_data)
+    family = SimpleNamespace(own_data="", name="sd35-medium", uses_null=False)
+    cfg = configure("sd35-medium", cache=str(tmp_path), w_gan=0.0)
+    with disk.hold(tmp_path), pytest.raises(Refusal, match=f"--cache {tmp_path} is held by pid"):
+        fill_cache(cfg, family, pictures, torch.device("cpu"))
+    write_cache(tmp_path, cached_data, 4, 4, compute)
+    before = everything(tmp_path)
+    monkeypatch.setattr("nets.disk.whole", None)
+    monkeypatch.setattr("engine.batch.hold", None)  # whoever writes fails
+    cache = fill_cache(cfg, family, pictures, torch.device("cpu"))
+    assert len(cache.places) == 4 and everything(tmp_path) == before
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
