@@ -46,7 +46,6 @@ from dataset.images import BAD, Images, read_text
 from dataset.sources import open_data
 from digits.exam import Exam, aligned, format_table
 from engine import ranks
-from engine.build import check_headers
 from engine.drawing import (
     Sampling,
     Task,
@@ -57,6 +56,7 @@ from engine.drawing import (
     settings_of,
 )
 from engine.pictures import save_png, side_by_side
+from engine.start import check_headers
 from measure.scorers import (
     GIVEN,
     PIXELS,

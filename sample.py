@@ -35,12 +35,12 @@ from engine.build import (
     channels_last,
     check_base,
     check_compiler,
-    check_headers,
     identity,
     run_blocks,
 )
 from engine.pictures import save_png
 from engine.run import say
+from engine.start import check_headers
 from nets.disk import try_folder
 from nets.files import Files
 from nets.weights import DTYPES

@@ -41,8 +41,9 @@ from ida import ida_update
 from measure.distances import to_uint8
 from nets.disk import hold, try_folder, whole
 from nets.mmdit import MMDiT
+from nets.pickles import UNREADABLE, first_line
 from nets.vision import ViT
-from nets.weights import UNREADABLE, first_line, save_weights
+from nets.weights import save_weights
 from schedule import generator, grid
 from teachers import find
 

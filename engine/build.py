@@ -7,8 +7,6 @@ check_compiler             whether there is one
 optimizer_class            of a name with dots
 precision                  bf16 on one device
 open_inputs                data and weights: the teacher's own, or what flags name
-check_weights              each file is that of its network: headers, before anything is loaded
-identities                 by part, what tells its file from another
 whole_net                  a denoiser that a rank can call alone
 aim_adapters               what adapters read
 """
@@ -16,7 +14,6 @@ aim_adapters               what adapters read
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,13 +34,12 @@ from engine import ranks
 from engine.batch import load_batch, read_null, uncropped
 from engine.run import say
 from engine.views import Roles, check_views, load_views, one_fixed, view_of, whole_view
-from nets import same
 from nets.files import Files
 from nets.tiles import Tiled
 from nets.weights import digest
 from schedule import Cond, Rng, anchor_at, generator, grid
 from teachers import Teacher, find
-from teachers.bases import not_read, part_prefix
+from teachers.bases import not_read
 from teachers.merging import not_merged, parse_merge
 
 
@@ -163,62 +159,6 @@ def check_base(family: Teacher, files: Files, merge: Sequence[str]) -> list[str]
     next(family.tensors_of(net, path, torch.float32, "cpu", merge))
     left = not_read(family.known(), path, family.parts(), family.layout(path, net)["prefix"])
     return [remark for remark in (left, *map(not_merged, merge)) if remark]
-
-
-def check_weights(cfg: Config, family: Teacher) -> None:
-    """Every part's header beside its network, before anything is loaded or cached. ValueError."""
-    files = locate_files(cfg, family, cached=bool(cfg.cache))
-    dtype = None if cfg.base_dtype in ("fp8", "int8") else torch.float32  # None: in 8 bits too
-    check_headers(family, files, {"denoiser": files["denoiser"]}, dtype, text=not cfg.cache)
-    if cfg.w_gan:
-        family.load_backbone(files, *HEADERS)
-        if not cfg.cache:
-            family.load_reader(files, *HEADERS)
-
-
-HEADERS = (torch.float32, torch.device("meta"))  # how a part is "loaded" whose header is compared
-
-
-def check_headers(
-    family: Teacher,
-    files: Files,
-    denoisers: dict[str, list[Path]],
-    dtype: torch.dtype | None = torch.float32,
-    text: bool = True,
-) -> None:
-    """Of denoisers, VAE and text encoders. ValueError or FileNotFoundError."""
-    for paths in denoisers.values():
-        for _ in family.read(family.preset.shift, paths, dtype, HEADERS[1]):
-            pass
-    family.load_vae(files, *HEADERS)
-    if text:
-        family.load_text(files, *HEADERS)
-
-
-def identities(cfg: Config, family: Teacher) -> dict[str, dict[str, str]]:
-    """By part, what tells its files from others; see nets/same.py. With a cache the files of text
-    encoders count where they are there."""
-    files = locate_files(cfg, family, cached=bool(cfg.cache))
-    if cfg.cache and (cfg.weights or family.preset.weights):
-        with suppress(FileNotFoundError):
-            files = locate_files(cfg, family)
-
-    def read() -> dict[str, dict[str, str]]:
-        if ranks.rank() > 0:
-            return {}
-        found = {name: same.identity(files[name], prefix_of(family, files, name)) for name in files}
-        merged = identity(family, files["denoiser"], cfg.merge)
-        found["denoiser"] |= {"digest": merged, "merged": merged.partition("+")[2]}
-        return found
-
-    return ranks.on_all_ranks(read)[0]
-
-
-def prefix_of(family: Teacher, files: Files, part: str) -> str:
-    """What precedes a part's names in its files."""
-    if part != "denoiser":
-        return part_prefix(part, files[part], family.prefix(part))
-    return family.layout(files[part], family.load(1.0, files[part], None, "meta"))["prefix"]
 
 
 def base_of(cfg: Config, family: Teacher) -> str:

@@ -36,9 +36,9 @@ from config import Config, Range, Refusal, differences, refuse
 from dataset.cache import check_purpose, write_cache, write_purpose
 from engine import checkpoint, ranks
 from engine.batch import fill_cache
-from engine.build import check_weights
 from engine.results import finite
 from engine.run import LogFile, Run, begin, check_run, saved_settings, settings_of
+from engine.start import check_weights
 from nets import disk
 from nets.files import Part, fetch
 from nets.same import identity, same_weights
@@ -477,7 +477,7 @@ def gone(*_):
 
 def test_a_run_begins_with_its_checkpoints_gone_or_with_those_of_another(tmp_path):
     """Between the two it continues from nothing, wherever it is killed."""
-    settings = settings_of(configure(), "", {})
+    settings = settings_of(configure(), {})
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     begin(tmp_path, settings, overwrite=False)
@@ -568,15 +568,15 @@ def test_a_copy_in_other_bits_is_the_same_and_another_network_is_not(weights):
 def test_a_run_with_other_weights_is_refused_naming_both(tmp_path, weights):
     one, other = weights(), weights(lambda _, x: 2 * x)
     cfg = configure()
-    begin(tmp_path, settings_of(cfg, "", {"vae": one}), overwrite=False)
-    check_run(cfg, tmp_path, settings_of(cfg, "", {"vae": weights(lambda _, x: x.half())}))
-    both = f"the weights of vae: {one['digest']} -> {other['digest']}"
-    with pytest.raises(Refusal, match=both):
-        check_run(cfg, tmp_path, settings_of(cfg, "", {"vae": other}))
+    begin(tmp_path, settings_of(cfg, {"vae": one}), overwrite=False)
+    check_run(cfg, tmp_path, settings_of(cfg, {"vae": weights(lambda _, x: x.half())}))
+    both = f"{one['digest']} -> {other['digest']}"
+    with pytest.raises(Refusal, match=f"the weights of the vae: {both}"):
+        check_run(cfg, tmp_path, settings_of(cfg, {"vae": other}))
     about = {"size": [8, 8], "parts": {"clip_l": one}}
     write_purpose(tmp_path, about)
     check_purpose(tmp_path, about)
-    with pytest.raises(Refusal, match=both.replace("vae", "clip_l")):
+    with pytest.raises(Refusal, match=f"the weights of clip_l: {both}"):
         check_purpose(tmp_path, about | {"parts": {"clip_l": other}})
 
 
