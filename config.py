@@ -21,27 +21,45 @@ import math
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from errno import (
     EACCES,
+    EBUSY,
     EDQUOT,
     EEXIST,
     EFBIG,
+    EIO,
     EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
     ENOENT,
     ENOSPC,
     ENOTDIR,
     EPERM,
     EROFS,
+    ESTALE,
 )
 from pathlib import Path
 from typing import NoReturn
 
+from nets.letters import is_text, legible
+
 if sys.version_info < (3, 11):  # noqa: UP036  every command comes here first; old Pythons read it
     print(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}", file=sys.stderr)
     sys.exit(2)
+
+
+def say_interrupted(kind: type[BaseException], error: BaseException, trace) -> None:
+    """Ctrl-C where no command is listening yet, while its imports take seconds: one line."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{sys.argv[0].rsplit('/', 1)[-1]}: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+sys.excepthook = say_interrupted
 
 
 # --- what a value may be -------------------------------------------------------------------------
@@ -58,10 +76,10 @@ class Range:
 
     def words(self) -> str:
         if None not in (self.low, self.high):
-            return f"from {self.low:g} to {self.high:g}"
+            return f"from {self.low:,} to {self.high:,}"
         bounds = {"at least": self.low, "above": self.above, "below": self.below}
         bounds["at most"] = self.high
-        return ", ".join(f"{word} {x:g}" for word, x in bounds.items() if x is not None)
+        return ", ".join(f"{word} {x:,}" for word, x in bounds.items() if x is not None)
 
     def check(self, name: str, value) -> None:
         """ValueError with the flag's name, the value and what it may be."""
@@ -106,15 +124,6 @@ class Text:
                 raise Refusal(f'{name} is "{text[:60]}", which is no UTF-8 text')
 
 
-def is_text(value: str) -> bool:
-    """Whether UTF-8 can hold it: not half of an emoji, nor bytes of another encoding."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def home(text: str) -> str:
     """A path, or a pattern of paths, whose ~ is the home folder."""
     return os.path.expanduser(text)
@@ -125,33 +134,6 @@ def place(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a path")
     return Path(home(text))
-
-
-# What turns the direction of what follows on a screen, and the mark of byte order.
-TURNS = {
-    *map(chr, (*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A))),
-    "\ufeff",
-}
-
-
-def legible(text: object) -> str:
-    """On one line, with nothing that a screen obeys or cannot show: escapes stand for that."""
-    line = str(text)
-    if line.isprintable():
-        return line
-    return "".join(escape(x) if is_control(x) else x for x in line)
-
-
-def is_control(letter: str) -> bool:
-    """Control characters, line ends, turns, and halves of what UTF-8 has in one piece."""
-    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in TURNS
-
-
-def escape(letter: str) -> str:
-    r"""As Python writes it; a byte that was no UTF-8 (of a file's name) is \xNN again."""
-    if "\udc80" <= letter <= "\udcff":
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    return letter.encode("unicode_escape").decode()
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -190,6 +172,11 @@ def keys_of(file: str, table: str) -> tuple[str, ...]:
 
 COUNT, AMOUNT, SHARE = Range(low=1), Range(low=0), Range(low=0, high=1)
 POSITIVE, ANY = Range(above=0), Range()
+# What no memory holds, or nobody means.
+SIDE, BATCH, LAYERS = Range(low=1, high=2**15), Range(low=1, high=2**16), Range(low=0, high=2**13)
+CALLS, THREADS = Range(low=1, high=1000), Range(low=0, high=256)
+STEPS = Range(low=1, high=10**8 - 1)  # a checkpoint's name has eight digits
+PIXELS = 2**40  # bytes of a batch's, in fp32
 TIMES = Choice(("uniform", "logit-normal"))
 LORA_FORMATS = ("own", "kohya", "comfyui", "diffusers")  # see teachers/lora.py
 
@@ -200,7 +187,7 @@ class Config:
         "digits", "whose network is distilled; sets all defaults", group="teacher"
     )
     size: tuple[int, int] = setting(
-        (1024, 1024), "height and width of the images, in pixels: their resolution", COUNT
+        (1024, 1024), "height and width of the images, in pixels: their resolution", SIDE
     )
     weights: str = setting("", "folder of the official files; none: the hub")
     base: str = setting(
@@ -224,7 +211,7 @@ class Config:
     guidance: float = setting(3.5, "the teacher's scale where its images are shown", AMOUNT)
 
     student_steps: int = setting(
-        4, "K anchors, evenly spaced before the shift", COUNT, group="student"
+        4, "K anchors, evenly spaced before the shift", CALLS, group="student"
     )
     taus: tuple[float, ...] = setting(
         (), "the anchors, descending, if not evenly spaced", Range(above=0, high=1)
@@ -259,7 +246,7 @@ class Config:
     w_gan: float = setting(
         1.0, "weight of the adversarial loss; 0: no discriminator", AMOUNT, group="discriminator"
     )
-    disc_channels: int = setting(0, "channels of its heads; 0: as wide as the backbone", AMOUNT)
+    disc_channels: int = setting(0, "channels of its heads; 0: as wide as the backbone", LAYERS)
     disc_augment: tuple[str, ...] = setting(
         (), "DiffAugment: any of these", Choice(keys_of("discriminator.py", "AUGMENTATIONS"))
     )
@@ -267,7 +254,7 @@ class Config:
     disc_reference: bool = setting(True, "condition it on a real image of the same caption")
 
     adapter: int = setting(
-        0, "rank of adapters on one frozen base; 0: full training", AMOUNT, group="adapters"
+        0, "rank of adapters on one frozen base; 0: full training", LAYERS, group="adapters"
     )
     adapter_layers: tuple[str, ...] = setting(
         (), "words, one of which is in a layer's name; none: all layers of the blocks"
@@ -285,9 +272,9 @@ class Config:
         "own", "whose names the LoRA has; own: what most programs read", Choice(LORA_FORMATS)
     )
 
-    steps: int = setting(750, "iterations", COUNT, group="optimisation")
-    batch: int = setting(32, "samples per rank, at a time", COUNT)
-    accumulate: int = setting(1, "such batches per rank and iteration", COUNT)
+    steps: int = setting(750, "iterations", STEPS, group="optimisation")
+    batch: int = setting(32, "samples per rank, at a time", BATCH)
+    accumulate: int = setting(1, "such batches per rank and iteration", BATCH)
     optimizer: str = setting("adamw", "adamw, muon, or package.module.Name of any other")
     lr: float = setting(1e-5, "learning rate of the student", AMOUNT)
     lr_fake: float = setting(1e-5, "learning rate of the fake score", AMOUNT)
@@ -315,7 +302,7 @@ class Config:
         0, "images that the teacher draws once of the captions, in place of real ones", AMOUNT
     )
     reals: str = setting("", "folder for those; none: reals in --out")
-    workers: int = setting(4, "threads that read data ahead; 0: none", AMOUNT)
+    workers: int = setting(4, "threads that read data ahead; 0: none", THREADS)
 
     out: str = setting("", "output folder", group="run")
     export: str = setting(
@@ -408,18 +395,19 @@ class Refusal(ValueError):
     """What the user can put right: one line with the value and the remedy, and exit code 2."""
 
 
-def refuse(error: Exception | str, spoken: bool | None = None) -> NoReturn:
-    """Stop on what the user can put right: one line, exit code 2.
+def refuse(error: Exception | str, spoken: bool | None = None, code: int = 2) -> NoReturn:
+    """Stop on what the user can put right: one line, exit code 2, or another.
 
     spoken: whether this rank says it; None: the first does.
     """
     if os.environ.get("RANK", "0") == "0" if spoken is None else spoken:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {legible(error)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 # What a machine may lack, as errno names it; an OSError without a number is one of ours.
 LACKING = (None, ENOENT, ENOTDIR, EISDIR, EEXIST, EACCES, EPERM, EROFS, ENOSPC, EDQUOT, EFBIG)
+LACKING += (EIO, ESTALE, EBUSY, ELOOP, ENAMETOOLONG)  # and disks that fail, or are on a network
 
 
 def is_refusal(error: Exception) -> bool:
@@ -448,6 +436,12 @@ def check(cfg: Config) -> None:
     for field in dataclasses.fields(cfg):
         if field.metadata["may"]:
             field.metadata["may"].check(flag(field.name), getattr(cfg, field.name))
+    pixels = 12 * math.prod((*cfg.size, cfg.batch, cfg.accumulate))
+    if pixels > PIXELS:
+        raise Refusal(
+            f"--size {shown(cfg.size)} with --batch {cfg.batch} x --accumulate {cfg.accumulate}: "
+            f"{pixels / 1e9:,.0f} GB of pixels in an iteration, which no memory holds"
+        )
     for name in ("guidance_dmd", "guidance_isg"):
         low, high = getattr(cfg, name)
         if low > high:
@@ -475,9 +469,14 @@ def differences(old: dict, new: Config) -> list[str]:
         name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
     }
     later = {"t5_length": 0}  # fields that runs begun earlier do not have
+    why = {"steps": f", over which the learning rate falls to --lr-final {new.lr_final:g}"}
+    if new.lr_final == 1.0:  # nothing depends on how many there are
+        why = {"steps": ": a run may be given more, not fewer"}
+        if new.steps > old.get("steps", new.steps):
+            as_list.pop("steps")
     names = [name for name in as_list if name not in (*HOUSEKEEPING, *SHARED_OUT, "data")]
     return [
-        f"{name}: {old.get(name, later.get(name))} -> {as_list[name]}"
+        f"{name}: {old.get(name, later.get(name))} -> {as_list[name]}{why.get(name, '')}"
         for name in names
         if old.get(name, later.get(name)) != as_list[name]
     ]

@@ -49,11 +49,11 @@ def student_input(
 def dmd_gradient(x0: Tensor, x0_fake: Tensor, x0_teacher: Tensor) -> Tensor:
     """(x0_fake - x0_teacher) / mean|x0 - x0_teacher|, the mean per sample; zero where that is zero.
 
-    All (B, C, H, W).
+    All (B, C, H, W). What is not finite stays so, and the guard sees it.
     """
     x0, x0_fake, x0_teacher = x0.float(), x0_fake.float(), x0_teacher.float()
     scale = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0)
-    return torch.where(scale > 0, (x0_fake - x0_teacher) / scale, 0.0)
+    return torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)
 
 
 def dmd_loss(

@@ -32,6 +32,7 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import Refusal, legible, refuse
+from config import Refusal, legible
 from dataset.captions import read_prompts
 from dataset.sources import captions_of, open_data
 from digits.exam import Exam, aligned, format_table
@@ -52,11 +53,11 @@ from engine.drawing import (
     load_net,
     missing_images,
     read_images,
-    save_image,
     settings_of,
 )
-from engine.pictures import side_by_side
+from engine.pictures import save_png, side_by_side
 from engine.run import say
+from engine.start import check_denoiser, check_headers
 from measure.scorers import (
     GIVEN,
     PIXELS,
@@ -68,6 +69,7 @@ from measure.scorers import (
     locate_scorers,
     measure,
 )
+from nets.disk import hold, try_folder, write_text
 from nets.weights import DTYPES
 from teachers import Teacher
 from teachers.students import Student, find_student, reading, remember, remembered, student_file
@@ -90,6 +92,8 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     size = given.size or one_size(students) or preset.size
     family.check_size(size)
     family.check_measured(size)
+    out = given.out or first.path.parent / "evaluation"
+    try_folder(out)
     adapted = any(student.is_lora for student in students.values())
     files = family.locate(given.weights, denoiser=not own_denoiser or adapted)
     scorers = {} if family.own_features else locate_scorers(given.weights)
@@ -111,7 +115,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         prompts=prompts,
         each=each,
         samplings=ways(given, students, guidance, family),
-        out=given.out or first.path.parent / "evaluation",
+        out=out,
         students=students,
         adapter_scale=given.adapter_scale,
         t5_length=tokens,
@@ -147,18 +151,26 @@ def one_size(students: dict[str, Student]) -> tuple[int, int] | None:
 
 
 def prepare(
-    task: Task, exam: Exam | None, given: argparse.Namespace, device: torch.device
+    task: Task, exam: Exam | None, given: argparse.Namespace, device: torch.device, held: ExitStack
 ) -> dict[str, Path]:
-    """Rank 0: what can go wrong before an image is drawn. Per score the file of its network."""
+    """Rank 0: what can go wrong before an image is drawn. Per score the file of its network.
+
+    The folder is this evaluation's alone until `held` is closed.
+    """
     if ranks.rank() > 0:
         return {}
+    check_headers(task.family, task.files)
+    check_denoiser(task.family, task.denoisers["teacher"])
+    for student in task.students.values():
+        if not student.is_lora:
+            check_denoiser(student.fitted, student.files)
     paths = {title: getattr(given, title.lower().replace("-", "_")) for title in GIVEN}
     asked = {title: path for title, path in paths.items() if path}
     if task.family.own_features and asked:
         title = next(iter(asked))
         raise Refusal(f"{title} reads 224 x 224 pixels; {task.family.own_features}")
     scorers = {} if task.family.own_features else check_scorers(task.scorers, asked)
-    task.out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(hold(task.out))
     if exam:
         ask_teacher(task, exam, device)
     return scorers
@@ -223,10 +235,9 @@ def ask_teacher(task: Task, exam: Exam, device: torch.device) -> None:
     reference = task.samplings[0]
     if (reference.steps, task.seed) != (50, 1):
         return
-    task.folder(reference).mkdir(parents=True, exist_ok=True)
     settings = settings_of(task, reference)
     for k in missing_images(task, reference):
-        save_image(exam.floor[k], task.path(reference, k), settings(k))
+        save_png(exam.floor[k], task.path(reference, k), settings(k))
 
 
 # --- measures ------------------------------------------------------------------------------------
@@ -308,34 +319,36 @@ def picture(task: Task, path: Path) -> None:
 
 
 def main() -> None:
-    given = evaluate_arguments(__doc__)
-    try:
-        with ranks.refusals():
-            device = ranks.start()
-            inception = load_inception(given.inception)
-            task, exam = resolve_task(given)
-            scorers, *_ = ranks.on_all_ranks(partial(prepare, task, exam, given, device))
-            draw_missing(task, device, ranks.rank(), ranks.world())
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command draws what is missing")
-    ranks.barrier()
-    if ranks.rank() == 0:
-        with ranks.refusals():
+    given, held = evaluate_arguments(__doc__), ExitStack()
+    stopped = "interrupted; the same command draws what is missing"
+    with ranks.refusals(interrupted=stopped), held:
+        device = ranks.start()
+        inception = load_inception(given.inception)
+        task, exam = resolve_task(given)
+        how = (task, exam, given, device, held)
+        scorers, *_ = ranks.on_all_ranks(partial(prepare, *how))
+        draw_missing(task, device, ranks.rank(), ranks.world())
+        ranks.barrier()
+        if ranks.rank() == 0:
             rows = measure_all(task, scorers, inception, given.resamples, device)
-        print(measures_table(rows))
-        who = {name: str(student.path) for name, student in task.students.items()}
-        metrics = {"teacher": given.teacher or task.family.name, "students": who}
-        metrics |= {"prompts": len(task.prompts), "images": task.count, "seed": task.seed}
-        metrics |= {"size": task.size, "dtype": task.dtype, "measures": rows}
-        if exam:
-            metrics["table"] = examine(task, exam)
-            print("\n" + format_table(metrics["table"]))
-        (task.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        picture(task, task.out / "samples.png")
-        for student in task.students.values() if given.remember else ():
-            remember(student)
-        print(f"{legible(task.out)}: images, metrics.json, samples.png")
+            report(given, task, exam, rows)
     ranks.stop()
+
+
+def report(given: argparse.Namespace, task: Task, exam: Exam | None, rows: list[dict]) -> None:
+    print(measures_table(rows))
+    who = {name: str(student.path) for name, student in task.students.items()}
+    metrics = {"teacher": given.teacher or task.family.name, "students": who}
+    metrics |= {"prompts": len(task.prompts), "images": task.count, "seed": task.seed}
+    metrics |= {"size": task.size, "dtype": task.dtype, "measures": rows}
+    if exam:
+        metrics["table"] = examine(task, exam)
+        print("\n" + format_table(metrics["table"]))
+    write_text(task.out / "metrics.json", json.dumps(metrics, indent=1))
+    picture(task, task.out / "samples.png")
+    for student in task.students.values() if given.remember else ():
+        remember(student)
+    print(f"{legible(task.out)}: images, metrics.json, samples.png")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from engine.batch import encode_all
 from engine.build import channels_last, check_base, check_compiler, identity, run_blocks
 from engine.pictures import check_finite, save_png
 from engine.run import say
+from engine.start import check_denoiser, check_headers
+from nets.disk import try_folder
 from nets.files import Files
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
@@ -135,10 +137,14 @@ def prompts_of(given: argparse.Namespace) -> list[str]:
 
 
 def out_paths(out: Path, count: int) -> list[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{i:03d}.png") for i in range(count)]
+    """Refusal where they cannot be written; nothing is made yet."""
+    try_folder(out.parent)
+    paths = [out.with_name(f"{out.stem}-{i:03d}.png") for i in range(count)]
+    paths = [out] if count == 1 else paths
+    for path in paths:
+        if path.is_dir():
+            raise Refusal(f"--out {path} is a folder; give the name of an image")
+    return paths
 
 
 def main() -> None:
@@ -154,6 +160,8 @@ def main() -> None:
         size, dtype = settings["size"], DTYPES[settings["dtype"]]
         whole = student and not student.is_lora
         files = family.locate(given.weights, not whole, t5=not given.no_t5, base=given.base)
+        check_headers(family, files)
+        check_denoiser(*((student.fitted, student.files) if whole else (family, files["denoiser"])))
         for remark in check_base(family, files, given.merge) if given.base or given.merge else ():
             say(remark)
         if remark := trained_on(given, student, files):
@@ -171,23 +179,37 @@ def main() -> None:
             run_blocks(net, compiled=True, recompute=False)
         for part in (net, vae) if given.channels_last else ():
             channels_last(part)
-    bar = tqdm(total=len(jobs), desc="images")
-    for start in range(0, len(jobs), given.batch):
-        part = jobs[start : start + given.batch]
-        draws = [generator("sample", seed) for _, seed in part]
-        eps = normal(torch.empty(len(part), *family.latent_shape(size), device=device), draws)
-        cond = stack([conds[prompt] for prompt, _ in part], device)
-        uncond = stack([conds[given.negative]] * len(part), device) if family.uses_null else None
-        how = (settings["taus"], settings["sampler"], uncond, settings["guidance"] or None)
-        with torch.no_grad():
-            images = vae.decode(draw_samples(net, eps, cond, *how, draws))
-        with ranks.refusals():
-            check_finite(images, [f'"{prompt}", seed {seed},' for prompt, seed in part])
-        for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):
-            save_png(image, path, settings | {"prompt": prompt, "seed": seed}, given.scale)
-        bar.update(len(part))
-    bar.close()
+        draw(given, settings, family, jobs, paths, conds, net, vae, device)
     print(legible(paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"))
+
+
+def draw(
+    given: argparse.Namespace,
+    settings: dict,
+    family: Teacher,
+    jobs: list[tuple[str, int]],
+    paths: list[Path],
+    conds: dict[str, Cond],
+    net: nn.Module,
+    vae: nn.Module,
+    device: torch.device,
+) -> None:
+    """jobs: prompt and seed of each image."""
+    size, how = settings["size"], (settings["taus"], settings["sampler"])
+    with tqdm(total=len(jobs), desc="images") as bar, torch.no_grad():
+        for start in range(0, len(jobs), given.batch):
+            part = jobs[start : start + given.batch]
+            draws = [generator("sample", seed) for _, seed in part]
+            eps = normal(torch.empty(len(part), *family.latent_shape(size), device=device), draws)
+            cond = stack([conds[prompt] for prompt, _ in part], device)
+            null = [conds[given.negative]] * len(part)
+            uncond = stack(null, device) if family.uses_null else None
+            guided = (uncond, settings["guidance"] or None)
+            images = vae.decode(draw_samples(net, eps, cond, *how, *guided, draws))
+            check_finite(images, [f'"{prompt}", seed {seed},' for prompt, seed in part])
+            for (prompt, seed), image, path in zip(part, images, paths[start:], strict=False):
+                save_png(image, path, settings | {"prompt": prompt, "seed": seed}, given.scale)
+            bar.update(len(part))
 
 
 if __name__ == "__main__":

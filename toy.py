@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from config import Parser, place
 from dmd import dmd_loss, fake_loss, student_input
 from engine.pictures import Graph, points_and_graphs
+from engine.ranks import refusals
 from ida import ida_update
 from isg import isg_loss
+from nets.disk import try_folder
 from schedule import Flow, Rng, generator, sample_x0
 
 TAUS = (1.0, 0.75, 0.5, 0.25)  # the student's four times
@@ -135,10 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=place, default=Path("runs/toy"), help="default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="of every random number; default: 0")
     given = parser.parse_args()
-    try:
-        given.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {given.out} cannot be made ({error.strerror}); choose another")
+    with refusals():
+        try_folder(given.out)
     torch.set_num_threads(1)  # the networks are tiny: threads only wait for each other
     panels, graphs = {}, []
     for row, (target, start, how) in ROWS.items():

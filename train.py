@@ -19,11 +19,11 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
     train_arguments(__doc__)
 
 import dataclasses
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, refuse
+from config import Config, legible
 from dataset.ahead import Ahead
-from dataset.identity import identity
 from dataset.sources import some_captions
 from discriminator import Discriminator, augment, disc_loss, gan_loss, omega
 from dmd import dmd_loss, fake_loss, student_input
@@ -45,19 +44,16 @@ from engine.build import (
     Nets,
     aim_adapters,
     anchors,
-    base_of,
     build_learners,
     build_nets,
-    check_optimizer,
-    open_inputs,
     precision,
-    whole_net,
 )
 from engine.plan import show_plan
 from engine.progress import Progress, header
 from engine.reals import make_reals
-from engine.results import check_export, finish, is_examined, show
-from engine.run import LOSSES, LogFile, Run, keep_samples, open_board, prepare_folder, say
+from engine.results import finish, show
+from engine.run import LOSSES, LogFile, Run, begin, open_board, say
+from engine.start import check_all, open_exam
 from ida import ida_update
 from isg import isg_loss
 from schedule import Rng, anchor_at
@@ -246,6 +242,8 @@ def minimise(
     opt.zero_grad()
     note(log, f"norm_{name}", norm)
     log["skipped"] = [sum(log["skipped"]) + norm.new_full((), not sound)]  # networks of this step
+    if not sound:
+        note(log, f"skipped_{name}", norm.new_ones(()))
     return sound
 
 
@@ -260,24 +258,26 @@ def lr_factor(step: int, cfg: Config) -> float:
 # --- a run ---------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) -> Run:
+def train(cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torch.device) -> None:
     """The loop: resume, iterate, examine, save. exam: of the teacher's task, or None."""
-    opts, run, folder = build_learners(nets, cfg), Run(), out / "checkpoints"
+    opts, folder = build_learners(nets, cfg), out / "checkpoints"
     saved = nets.trained(), {name: opt.optimizers for name, opt in opts.items()}
     state, remarks = checkpoint.load_checkpoint(folder, *saved)
     first = run.resume(state) if state else 0
     if cfg.adapter and not state:
         aim_adapters(cfg, nets, data, device)
-    for remark in remarks:
-        say(remark)
-    for line in header(cfg, nets, out, first, cfg.data or nets.family.own_data, device):
+    for line in (
+        *remarks,
+        *header(cfg, nets, out, first, cfg.data or nets.family.own_data, device),
+    ):
         say(line)
     if nets.text:
         say_cut(nets.text, some_captions(data), "captions")
     log = LogFile(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
     steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)
-    with bar, Ahead(data, partial(ids_of, cfg), cfg.workers, steps) as pairs_of:
+    ahead = Ahead(data, partial(ids_of, cfg), cfg.workers, steps)
+    with bar, ahead as pairs_of, run.iterating():
         for step, pairs in zip(steps, pairs_of, strict=True):
             batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
             with precision(cfg, nets, device):
@@ -289,58 +289,50 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, device: torch.device) 
                 board.add_scalar(name, value, step)
             bar.show(values)
             if remark := data.remark():
-                tqdm.write(remark)  # of whichever rank: each reads samples of its own
-            run.count_skipped(values["skipped"])
-            done, last = step + 1, step + 1 == cfg.steps
-            if cfg.exam_every and (last or done % cfg.exam_every == 0):
+                tqdm.write(legible(remark))  # of whichever rank: each reads samples of its own
+            if news := run.count(values):
+                say(news)
+            done = step + 1
+            if cfg.exam_every and (done == cfg.steps or done % cfg.exam_every == 0):
                 show(done, cfg, out, nets, data, exam, run, device)
             save, stop = run.is_due(cfg, done, device)
             if save:
-                checkpoint.save_checkpoint(folder, done, *saved, run.state(), cfg.keep)
-            if stop and not last:
-                say(f"stopped by SIGTERM after step {done}, saved; the same command continues")
+                state = run.state() | {"config": run.settings}
+                checkpoint.save_checkpoint(folder, done, *saved, state, cfg.keep)
+            if stop:
+                say(f"stopped by {run.stop or 'a signal'} after step {done}, saved; {CONTINUES}")
                 raise SystemExit(0)
-    return run
+    run.check_learned()
 
 
-def last_checkpoint(out: Path) -> str:
+CONTINUES = "the same command continues"
+
+
+def what_is_left(out: Path) -> str:
+    """Said after what ended a run."""
     newest = next(iter(checkpoint.checkpoints(out / "checkpoints")), None)
-    return f"; the last good checkpoint is {newest}" if newest else ""
+    return f"; the last good checkpoint is {newest}, where {CONTINUES}" if newest else ""
 
 
 def main() -> None:
     cfg, given = train_arguments(__doc__)
-    with ranks.refusals():
-        if given.plan:
+    if given.plan:
+        with ranks.refusals():
             raise SystemExit(show_plan(cfg, given, train_step))
-        device, family = ranks.start(), find(cfg.teacher)
+    out, held = Path(cfg.out), ExitStack()
+    with ranks.refusals((FloatingPointError,), partial(what_is_left, out), "stopped"), held:
+        device, run = ranks.start(), Run()
         torch.backends.cudnn.allow_tf32 = cfg.tf32
-        cfg = cfg if given.overwrite else keep_samples(cfg, Path(cfg.out))
-        check_optimizer(cfg.optimizer)
-        data = open_inputs(cfg, family)
-        check_export(cfg, family)
-        digests = {"denoiser": base_of(cfg, family)}
-        same = identity(data) if ranks.rank() == 0 else {}
-        out = prepare_folder(cfg, given.overwrite, digests, data, same)
+        cfg, data, run.settings = check_all(cfg, given.overwrite, held)
+        family, parts = find(cfg.teacher), run.settings["parts"]
         data = make_reals(cfg, family, device) if cfg.make_reals else data
-        cache = fill_cache(cfg, family, data, device) if cfg.cache else None
+        cache = fill_cache(cfg, family, data, device, parts) if cfg.cache else None
         nets = build_nets(cfg, device, cache)
-        examined = is_examined(cfg, family)
-        exam = family.exam(cfg.guidance) if examined and ranks.rank() == 0 else None
-        teacher = whole_net(nets.teacher, cfg, nets) if examined else None
-        if exam:
-            exam.ask_teacher(teacher)
-    if ranks.rank() == 0:  # not before: what was refused leaves nothing behind
-        settings = dataclasses.asdict(cfg) | {"world": ranks.world(), "digests": digests}
-        settings |= {"identity": same}
-        (out / "config.json").write_text(json.dumps(settings, indent=1))
-    start = time.time()
-    try:
-        with ranks.refusals(also=(FloatingPointError,), note=partial(last_checkpoint, out)):
-            run = train(cfg, out, nets, data, exam, device)
-            finish(cfg, out, nets, data, exam, run, device, start)
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command continues from the last checkpoint")
+        exam = open_exam(cfg, nets)
+        begin(out, run.settings, given.overwrite)
+        start = time.time()
+        train(cfg, out, nets, data, exam, run, device)
+        finish(cfg, out, nets, data, exam, run, device, start)
     ranks.stop()
 
 

@@ -1,6 +1,6 @@
 """What frozen networks make of the data set, computed once: text embeddings and latents.
 
-    check_purpose   a folder is for one purpose
+    check_purpose   a folder is for one purpose, and for the weights that it was made with
     write_cache     every sample of an epoch, in shards; continues where it was interrupted
     Cache           the rows of a batch, by what its samples are
     send_rows       where they are wanted
@@ -12,21 +12,20 @@ Training from one holds no text encoder.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from config import Refusal
 from dataset.images import Pairs
+from nets.disk import write_text
 from nets.layers import send
-from nets.spelled import spelled
-from nets.weights import open_weights
+from nets.same import same_weights
+from nets.weights import open_weights, write
 
 SHARD = 256  # samples in a file: with FLUX's text 1 GiB
 
@@ -44,25 +43,38 @@ def digests(pairs: Pairs) -> list[str]:
 
 
 def check_purpose(folder: Path, about: dict, flag: str = "--cache") -> None:
-    """Makes the folder, or checks that it was made for the same. flag: its own. ValueError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Whether the folder, if it is there, was made for the same. Writes nothing. Refusal.
+
+    about["parts"]: by part its identity; see nets/same.py. flag: the folder's own.
+    """
     path = folder / "about.json"
-    if path.is_file():
-        try:
-            was = json.loads(path.read_text())
-        except (ValueError, RecursionError):
-            raise Refusal(f"{path} is damaged; choose another {flag}, or remove it") from None
-        was = was if isinstance(was, dict) else {}
-        changed = [f"{k}: {was.get(k)} -> {v}" for k, v in about.items() if was.get(k) != v]
-        if changed:
-            raise Refusal(
-                f"{flag} {folder} was made for something else ({'; '.join(changed)}); "
-                "choose another folder"
-            )
-        return  # it may be where nobody writes
-    part = path.with_name(f"about.{os.getpid()}.part")  # several ranks write the same
-    part.write_text(json.dumps(about, indent=1))
-    os.replace(part, path)
+    if not path.is_file():
+        return
+    try:
+        was = json.loads(path.read_bytes())
+        before, now = was.get("parts", {}), about.get("parts", {})
+        changed = [
+            f"the weights of {part}: {before[part]['digest']} -> {now[part]['digest']}"
+            for part in now
+            if part in before and not same_weights(before[part], now[part])
+        ]
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        raise Refusal(f"{path} is damaged; choose another {flag}, or remove it") from None
+    others = about.keys() - {"parts"}
+    changed += [
+        f"{k}: {was.get(k)} -> {about[k]}" for k in about if k in others and was.get(k) != about[k]
+    ]
+    if changed:
+        raise Refusal(
+            f"{flag} {folder} was made for something else ({'; '.join(changed)}); "
+            "choose another folder"
+        )
+
+
+def write_purpose(folder: Path, about: dict) -> None:
+    """Where it is not there yet."""
+    if not (folder / "about.json").is_file():
+        write_text(folder / "about.json", json.dumps(about, indent=1))
 
 
 def write_cache(
@@ -88,11 +100,7 @@ def write_cache(
             keys += digests(pairs)
             rows.append({name: x.detach().cpu() for name, x in compute(pairs).items()})
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        path = shard_path(folder, k)
-        part = path.with_suffix(".part")
-        with spelled(part) as named:
-            save_file(tensors, named, metadata={"keys": json.dumps(keys)})
-        os.replace(part, path)
+        write(tensors, shard_path(folder, k), {"keys": json.dumps(keys)})
 
 
 def complete(folder: Path, count: int, null: bool = False) -> bool:

@@ -16,8 +16,9 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from config import Refusal, is_text
+from config import Refusal
 from dataset.files import read_bytes
+from nets.letters import is_text
 
 CAPTION_FIELDS = ("caption", "prompt", "text")
 TEXTS = (".txt", ".caption")  # captions beside images; the first that is there ...

@@ -35,10 +35,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import refuse
 from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times
 from engine import ranks
 from engine.pictures import Graph, graphs_alone
+from nets.disk import hold, try_folder, write_text
 from schedule import grid
 from teachers import find
 from teachers.students import load_student, student_taus
@@ -73,9 +73,7 @@ def rows_of(kind: str, seed: int, given: argparse.Namespace, exam: Exam, stop: E
         raise CancelledError
     train(flags, folder, stop)
     rows = examine(exam, student)
-    part = kept.with_suffix(".part")
-    part.write_text(json.dumps({"key": key_of(flags, student), "rows": rows}, indent=1))
-    os.replace(part, kept)
+    write_text(kept, json.dumps({"key": key_of(flags, student), "rows": rows}, indent=1))
     return rows
 
 
@@ -200,24 +198,22 @@ def main() -> None:
         setattr(given, name, list(dict.fromkeys(getattr(given, name))))
     torch.set_num_threads(1)  # beside it train others
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with ranks.refusals():
-            given.out.mkdir(parents=True, exist_ok=True)
-            exam = Exam(PRESET.guidance)
-            teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"], *HOW)
-            teacher.requires_grad_(False).eval()
-            exam.ask_teacher(teacher)
+    with ranks.refusals(interrupted="interrupted; the same command continues"):
+        try_folder(given.out)
+        exam = Exam(PRESET.guidance)
+        teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"], *HOW)
+        teacher.requires_grad_(False).eval()
+        exam.ask_teacher(teacher)
+        with hold(given.out):
             students = run_all(given, exam)
             rows = teacher_rows(exam, teacher)
             text = table(rows, students)
             print(text)
-            (given.out / "table.md").write_text(text + "\n")
+            write_text(given.out / "table.md", text + "\n")
             metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
-            (given.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+            write_text(given.out / "metrics.json", json.dumps(metrics, indent=1))
             picture(given.out / "ablation.png", rows, students)
             print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command continues")
 
 
 if __name__ == "__main__":

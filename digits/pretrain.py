@@ -10,7 +10,9 @@ backbone   a small DINOv2-shaped ViT for the discriminator, another network on p
 teacher    an MM-DiT trained by flow matching
 samples    the teacher's 50-step samples, which FD-T compares with
 
-The settings are here; the log of the shipped weights is in docs/results.md.
+The same command continues what was interrupted: what has been learned is kept in runs/pretrain/,
+and assets/ changes when a network is done. The settings are here; the log of the shipped weights is
+in docs/results.md.
 """
 
 from engine.flags import pretrain_arguments
@@ -20,6 +22,7 @@ if __name__ == "__main__":  # --help, and what cannot be, is answered here: torc
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,14 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Refusal
 from digits import ASSETS
 from digits.exam import Exam, read_scene
 from digits.judge import Judge
 from digits.scenes import DigitScenes, Scenes
 from digits.words import SceneText
+from engine.ranks import refusals
 from ida import ida_update
 from measure.distances import to_uint8
+from nets.disk import hold, try_folder, whole
 from nets.mmdit import MMDiT
+from nets.pickles import UNREADABLE, first_line
 from nets.vision import ViT
 from nets.weights import save_weights
 from schedule import generator, grid
@@ -43,6 +50,7 @@ from teachers import find
 SEED = 0
 TEACHER = find("digits")
 PRESET, BACKBONE = TEACHER.preset, TEACHER.backbone()
+KEPT, EVERY = Path("runs/pretrain"), 250  # what is not done yet, and how often it is kept
 
 
 def cosine(i: int, steps: int, warmup: int) -> float:
@@ -60,6 +68,46 @@ def save(net: nn.Module, name: str, about: dict[str, str]) -> None:
     save_weights(net, path, torch.float16, about)
     count, size = sum(p.numel() for p in net.parameters()), path.stat().st_size / 2**20
     print(f"{path.name}: {count:,} weights, {size:.1f} MiB")
+
+
+class Unfinished:
+    """A training's state, from which it continues as if it had never stopped.
+
+    parts: modules and optimizers; with the generator all of the state is in them.
+    """
+
+    def __init__(self, name: str, settings: tuple, draw: torch.Generator, *parts):
+        self.path, self.settings = KEPT / f"{name}.pt", repr(settings)
+        self.draw, self.parts = draw, parts
+
+    def first(self) -> int:
+        """The iteration that comes next: 0 where nothing is kept, or of other settings."""
+        if not self.path.is_file():
+            return 0
+        try:
+            saved = torch.load(self.path, weights_only=True)
+        except UNREADABLE as error:
+            why = first_line(error)
+            raise Refusal(f"{self.path} is damaged ({why}); remove it to begin anew") from None
+        if saved["settings"] != self.settings:
+            return 0
+        self.draw.set_state(saved["draw"])
+        for part, state in zip(self.parts, saved["parts"], strict=True):
+            part.load_state_dict(state)
+        print(f"{self.path}: continuing after {saved['done']} iterations", flush=True)
+        return saved["done"]
+
+    def keep(self, done: int) -> None:
+        """Every so many iterations."""
+        if done % EVERY:
+            return
+        state = {"done": done, "settings": self.settings, "draw": self.draw.get_state()}
+        state["parts"] = [part.state_dict() for part in self.parts]
+        with whole(self.path) as part:
+            torch.save(state, part)
+
+    def end(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 # --- judge ---------------------------------------------------------------------------------------
@@ -109,8 +157,11 @@ def train_judge(
     draw, scenes = generator(SEED, "judge"), DigitScenes(seed=1, pairs="all")
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.1)
+    unfinished = Unfinished("judge", (steps, ghost_steps, batch, lr), draw, judge, optimizer)
+    done, before = unfinished.first(), 0
     for stage, count, share in (("clean", steps, 1.0), ("ghosts", ghost_steps, 0.5)):
-        bar = tqdm(range(count), desc=f"judge, {stage}")
+        start = min(max(0, done - before), count)
+        bar = tqdm(range(start, count), desc=f"judge, {stage}", initial=start, total=count)
         for i in bar:
             first = (i if stage == "clean" else steps + i) * batch
             sample = scenes(range(first, first + batch))
@@ -129,6 +180,8 @@ def train_judge(
             loss.backward()
             optimizer.step()
             bar.set_postfix(loss=f"{loss:.3f}")
+            unfinished.keep(before + i + 1)
+        before += count
     judge.eval()
     real = DigitScenes(seed=2, handwriting="held-out", pairs="all")(range(4096))
     verdict = judge.judge(real.images)
@@ -138,6 +191,7 @@ def train_judge(
     caught = (judge.judge(mixed).ghost > limit)[amount > 0.1].float().mean()
     print(f"judge, held-out writing: accuracy {100 * right:.1f}, ghosts caught {100 * caught:.1f}")
     save(judge, "judge", {"ghost_limit": f"{limit:.6f}"})
+    unfinished.end()
 
 
 # --- backbone ------------------------------------------------------------------------------------
@@ -154,7 +208,9 @@ def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None
     optimizer = torch.optim.AdamW(
         [*vit.parameters(), *read.parameters(), *paint.parameters()], lr=lr, weight_decay=0.05
     )
-    bar = tqdm(range(steps), desc="backbone")
+    unfinished = Unfinished("backbone", (steps, batch, lr), draw, vit, read, paint, optimizer)
+    first = unfinished.first()
+    bar = tqdm(range(first, steps), desc="backbone", initial=first, total=steps)
     for i in bar:
         sample = scenes(range(i * batch, (i + 1) * batch))
         clean = (sample.images + 1) / 2
@@ -173,12 +229,14 @@ def train_backbone(steps: int = 2500, batch: int = 64, lr: float = 1e-3) -> None
         nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(read=f"{loss_read:.3f}", paint=f"{loss_paint:.4f}")
+        unfinished.keep(i + 1)
     seen, real = vit.eval(), DigitScenes(seed=2, handwriting="held-out")(range(1024))
     with torch.no_grad():
         digits = read(seen((real.images + 1) / 2)[:, 0])[:, 2:22].unflatten(-1, (2, 10)).argmax(-1)
     right = (digits == real.by_place[1]).float().mean()
     print(f"backbone, held-out writing: digits {100 * right:.1f} right")
     save(vit, "backbone", {})
+    unfinished.end()
 
 
 # --- teacher -------------------------------------------------------------------------------------
@@ -219,7 +277,10 @@ def train_teacher(
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, weight_decay=0.0),
     )
-    bar = tqdm(range(steps), desc="teacher")
+    settings = (steps, batch, lr, drop, ema_decay)
+    unfinished = Unfinished("teacher", settings, draw, net, ema, *optimizers)
+    first = unfinished.first()
+    bar = tqdm(range(first, steps), desc="teacher", initial=first, total=steps)
     start, mean_loss = time.time(), 1.0
     for i in bar:
         sample = scenes(range(i * batch, (i + 1) * batch))
@@ -243,9 +304,11 @@ def train_teacher(
         )  # the same average, here the usual EMA
         mean_loss += 0.01 * (loss.item() - mean_loss)
         bar.set_postfix(loss=f"{mean_loss:.4f}")
+        unfinished.keep(i + 1)
         if (i + 1) % 1000 == 0 or i + 1 == steps:
             print(f"teacher {i + 1}: loss {mean_loss:.4f}, {time.time() - start:.0f} s", flush=True)
-            save(ema, "teacher", {"teacher": "digits", "iterations": str(i + 1)})
+    save(ema, "teacher", {"teacher": "digits", "iterations": str(steps)})
+    unfinished.end()
 
 
 # --- the teacher's samples, the reference of FD-T ----------------------------------------------
@@ -261,7 +324,8 @@ def save_samples() -> None:
         for s in (0, 1)
     }
     path = ASSETS / "teacher_samples.npz"
-    np.savez_compressed(path, fingerprint=exam.fingerprint(teacher), **images)
+    with whole(path) as part:
+        np.savez_compressed(part, fingerprint=exam.fingerprint(teacher), **images)
     print(
         f"{path.name}: {len(images['seed0'])} images twice, {path.stat().st_size / 2**20:.1f} MiB"
     )
@@ -269,14 +333,14 @@ def save_samples() -> None:
 
 def main() -> None:
     which = pretrain_arguments(__doc__).which
-    if which in ("all", "judge"):
-        train_judge()
-    if which in ("all", "backbone"):
-        train_backbone()
-    if which in ("all", "teacher"):
-        train_teacher()
-    if which in ("all", "teacher", "samples"):
-        save_samples()
+    jobs = {"judge": train_judge, "backbone": train_backbone, "teacher": train_teacher}
+    with refusals(interrupted="interrupted; the same command continues"), hold(KEPT, "the folder"):
+        try_folder(ASSETS)
+        for name, job in jobs.items():
+            if which in ("all", name):
+                job()
+        if which in ("all", "teacher", "samples"):
+            save_samples()
 
 
 if __name__ == "__main__":

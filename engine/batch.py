@@ -12,23 +12,30 @@ B batch, C h w latent, E width of the discriminator's text.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, Refusal
 from dataset.ahead import batch_ids
-from dataset.cache import Cache, check_purpose, complete, send_rows, write_cache
+from dataset.cache import (
+    Cache,
+    check_purpose,
+    complete,
+    send_rows,
+    write_cache,
+    write_purpose,
+)
 from dataset.sources import some_captions
 from engine import ranks
+from nets.disk import hold
 from nets.layers import send
-from nets.spelled import spelled
 from nets.text import count_cut
-from nets.weights import open_weights
+from nets.weights import open_weights, write
 from schedule import Cond
 from teachers import Teacher
 
@@ -108,38 +115,57 @@ def cond_of(rows: dict[str, Tensor]) -> Cond:
 
 
 @torch.no_grad()
-def fill_cache(cfg: Config, family: Teacher, data, device: torch.device) -> Cache:
-    """ValueError where there is nothing to keep, or the folder was made for something else."""
+def fill_cache(
+    cfg: Config, family: Teacher, data, device: torch.device, parts: dict | None = None
+) -> Cache:
+    """ValueError where there is nothing to keep, or the folder was made for something else.
+
+    parts: what tells the files of each from others. A finished cache is only read.
+    """
     if family.own_data or cfg.crop == "random":
         why = f"{family.own_data} has" if family.own_data else "--crop random leaves"
         raise Refusal(f"--cache {cfg.cache}: {why} nothing to keep")
     if cfg.buckets:  # at the border of two, an image is cropped otherwise in every epoch
         raise Refusal(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
-    folder, count = Path(cfg.cache), data.epochs.length
+    folder, count, first = Path(cfg.cache), data.epochs.length, ranks.rank() == 0
     about = {"teacher": family.name, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
     about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
     about["t5_length"] = cfg.t5_length or None  # none: as of caches made before there was a choice
+    about["parts"] = {part: x for part, x in (parts or {}).items() if part not in UNCACHED}
     check_purpose(folder, about)
-    there = complete(folder, count, family.uses_null)
-    if not ranks.agree(there, device):  # asked before any rank writes
-        files = family.locate(cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5, base=cfg.base)
-        how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
-        text, vae = family.load_text(files, *how), family.load_vae(files, *how)
-        reader = family.load_reader(files, *how) if cfg.w_gan else None
-        if family.uses_null and ranks.rank() == 0:
-            null = text([""], device, uncropped(cfg.size))
-            with spelled(folder / "null.safetensors") as path:
-                save_file({name: x.cpu() for name, x in null.items()}, path)
-        say_cut(text, some_captions(data), "captions")
-        share = (ranks.rank(), ranks.world())
-
-        def compute(pairs) -> dict[str, Tensor]:
-            images = None if pairs.images is None else pairs.images.to(device)
-            return frozen_rows(pairs, images, text, reader, vae, cfg, device)
-
-        write_cache(folder, data, count, cfg.batch, compute, *share)
-        ranks.barrier()
+    if ranks.agree(complete(folder, count, family.uses_null), device):
+        return Cache(folder)
+    with ExitStack() as held:  # asked before any rank writes
+        ranks.on_all_ranks(lambda: first and held.enter_context(hold(folder, "--cache")) or None)
+        write_missing(cfg, family, data, device, about)
     return Cache(folder)
+
+
+UNCACHED = ("denoiser", "backbone", "dinov2")  # parts that make nothing of what a cache keeps
+
+
+def write_missing(cfg: Config, family: Teacher, data, device: torch.device, about: dict) -> None:
+    """By all ranks."""
+    folder, first = Path(cfg.cache), ranks.rank() == 0
+    files = family.locate(cfg.weights, disc=cfg.w_gan > 0, t5=cfg.t5, base=cfg.base)
+    how = (torch.bfloat16 if cfg.bf16 else torch.float32, device)
+    text, vae = family.load_text(files, *how), family.load_vae(files, *how)
+    reader = family.load_reader(files, *how) if cfg.w_gan else None
+    if first:
+        write_purpose(folder, about)
+    if family.uses_null and first:
+        null = text([""], device, uncropped(cfg.size))
+        write({name: x.cpu() for name, x in null.items()}, folder / "null.safetensors", {})
+
+    say_cut(text, some_captions(data), "captions")
+
+    def compute(pairs) -> dict[str, Tensor]:
+        images = None if pairs.images is None else pairs.images.to(device)
+        return frozen_rows(pairs, images, text, reader, vae, cfg, device)
+
+    share = (ranks.rank(), ranks.world())
+    write_cache(folder, data, data.epochs.length, cfg.batch, compute, *share)
+    ranks.barrier()
 
 
 def read_null(

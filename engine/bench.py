@@ -23,6 +23,7 @@ import torch
 
 from config import Config, Refusal
 from engine import check, ranks, timing
+from nets.disk import try_folder, write_text
 from teachers import FOUND, find
 
 
@@ -67,7 +68,11 @@ def main() -> None:
     with ranks.refusals():
         if given.gpu_check:
             check.refuse_cpu(device)
-            raise SystemExit(check.run(given.parts, given.out or check.OUT, device))
+            given.out = given.out or check.OUT
+        if given.out:
+            try_folder(given.out.parent)
+        if given.gpu_check:
+            raise SystemExit(check.run(given.parts, given.out, device))
         find(cfg.teacher).check_size(cfg.size)
         cfg = replace(cfg, p_backward=0.0, ema=0.0, w_gan=cfg.w_gan or 1.0)
         FOUND[cfg.teacher] = find(cfg.teacher).scaled(given.width_scale, given.depth)
@@ -77,11 +82,11 @@ def main() -> None:
                 f"needs {planned / 1e9:.1f} GB and {free / 1e9:.1f} are free; "
                 "take a smaller --width-scale, --depth, --size or --batch"
             )
-    found = measure(timing.prepare(cfg, device), given.iterations, given.compile)
-    print(table(cfg, found, planned, device))
-    if given.out:
-        settings = {"config": dataclasses.asdict(cfg), "planned": planned}
-        given.out.write_text(json.dumps(settings | found, indent=1))
+        found = measure(timing.prepare(cfg, device), given.iterations, given.compile)
+        print(table(cfg, found, planned, device))
+        if given.out:
+            settings = {"config": dataclasses.asdict(cfg), "planned": planned}
+            write_text(given.out, json.dumps(settings | found, indent=1))
 
 
 if __name__ == "__main__":

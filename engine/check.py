@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, Refusal
 from engine import build, calls, checkpoint, timing
+from nets.disk import write_text
 from schedule import draw_samples
 from teachers import FOUND, Teacher, configure, find, names
 from teachers.students import times_of
@@ -385,7 +386,7 @@ def run(parts: Iterable[int], out: Path, device: torch.device, sizes: Sizes | No
             result = found["parts"][f"{part}: {name}"] = attempt(piece, device)
             wrong |= not sound(result)
             found["seconds"] = time.perf_counter() - began
-            out.write_text(json.dumps(found, indent=1))
+            write_text(out, json.dumps(found, indent=1))
             text = "\n  ".join(lines(result))
             print(f"\n{part}: {name} ({result['seconds']:.0f} s)\n  {text}", flush=True)
     return int(wrong)

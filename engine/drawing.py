@@ -8,7 +8,6 @@ Image k depends on its prompt and on (seed, k) alone, and its PNG carries what i
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,13 +107,6 @@ def missing_images(task: Task, s: Sampling, rank: int = 0, world: int = 1) -> li
     return [k for k in range(rank, task.count, world) if not is_there(task.path(s, k), settings(k))]
 
 
-def save_image(image: Tensor, path: Path, settings: dict) -> None:
-    """Renamed when it is whole."""
-    part = path.with_name(f"{path.stem}.part.png")
-    save_png(image, part, settings)
-    os.replace(part, path)
-
-
 def draw_missing(task: Task, device: torch.device, rank: int = 0, world: int = 1) -> None:
     """Of all ways to draw, this rank's share."""
     todo = {s: missing_images(task, s, rank, world) for s in task.samplings}
@@ -178,7 +170,6 @@ def draw_images(
             for name in conds[""]
         }
 
-    task.folder(s).mkdir(parents=True, exist_ok=True)
     settings = settings_of(task, s)
     taus = s.taus or times_of(task.family, net.schedule, s.steps, task.size, s.who in task.students)
     for start in range(0, len(ks), task.batch):
@@ -193,7 +184,7 @@ def draw_images(
         images = vae.decode(draw_samples(net, eps, cond, *how, draws))
         check_finite(images, [f'"{task.prompts[k // task.each]}" ({s.name}, {k})' for k in part])
         for k, image in zip(part, images, strict=True):
-            save_image(image, task.path(s, k), settings(k))
+            save_png(image, task.path(s, k), settings(k))
         bar.update(len(part))
 
 

@@ -17,9 +17,14 @@ from pathlib import Path
 from config import (
     AMOUNT,
     ANY,
+    BATCH,
+    CALLS,
     COUNT,
+    LAYERS,
     PLACES,
     POSITIVE,
+    SIDE,
+    STEPS,
     Choice,
     Config,
     Parser,
@@ -152,7 +157,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     rows = "no image: how other programs draw with this student"
     what.add_argument("--explain", type=place, metavar="STUDENT", help=rows)
     steps = "default: the student's own, 50 for a teacher (flux-schnell: 4)"
-    parser.add_argument("--steps", type=int, may=COUNT, help=steps)
+    parser.add_argument("--steps", type=int, may=CALLS, help=steps)
     sampler = "default: x0, euler for a teacher"
     parser.add_argument("--sampler", may=SAMPLER, help=sampler)
     guidance = "default: none, a teacher's own for a teacher"
@@ -163,7 +168,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     seed = "one image of each prompt per seed"
     parser.add_argument("--seed", type=int, may=ANY, nargs="+", default=[0], help=seed)
     batch = "images at a time; default: 64 digits, else 1"
-    parser.add_argument("--batch", type=int, may=COUNT, help=batch)
+    parser.add_argument("--batch", type=int, may=BATCH, help=batch)
     parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     add_base(parser)
     without = "SD 3.5: read prompts without T5, which need not be there then"
@@ -177,7 +182,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
     add_said(parser)
     add_adapter_scale(parser)
     scale = "enlargement; default: 1, the embedded task 8"
-    parser.add_argument("--scale", type=int, may=COUNT, help=scale)
+    parser.add_argument("--scale", type=int, may=Range(low=1, high=64), help=scale)
     parser.add_argument("--out", type=place, default=Path("out.png"), help="default: out.png")
     given = parser.parse_args()
     try:
@@ -210,20 +215,20 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     steps = "the student's numbers of steps; default: 1,2,4,8"
     parser.add_argument("--steps", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help=steps)
     steps = "of the teacher's images that others are held against; default: 50"
-    parser.add_argument("--teacher-steps", type=int, may=COUNT, default=50, help=steps)
+    parser.add_argument("--teacher-steps", type=int, may=CALLS, default=50, help=steps)
     parser.add_argument("--sampler", may=SAMPLER, help="the student's; default: its own")
     guidance = "the teacher's; default: its own"
     parser.add_argument("--guidance", type=float, may=AMOUNT, help=guidance)
     count = "images each teacher and student draws; default: 5000, the embedded task's exam 2816"
     # torchrun takes --n for one of its own.
-    parser.add_argument("--n", "--images", type=int, may=COUNT, metavar="N", help=count)
+    parser.add_argument("--n", "--images", type=int, may=STEPS, metavar="N", help=count)
     each = "images of each prompt; default: 1, or what it takes for --n; the exam 8"
     parser.add_argument("--per-prompt", type=int, may=COUNT, help=each)
     seed = "of the images' noise; default: 1"
     parser.add_argument("--seed", type=int, may=ANY, default=1, help=seed)
     add_size(parser, "the student's")
     batch = "images at a time; default: 256 digits, else 1"
-    parser.add_argument("--batch", type=int, may=COUNT, help=batch)
+    parser.add_argument("--batch", type=int, may=BATCH, help=batch)
     parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
     add_said(parser)
@@ -239,7 +244,9 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
         weights = f"its weights, adds {title}; {file} of {repo}"
         parser.add_argument(f"--{title.lower()}", type=place, metavar="FILE", help=weights)
     resamples = "of the bootstrap; default: 50"
-    parser.add_argument("--resamples", type=int, may=Range(low=2), default=50, help=resamples)
+    parser.add_argument(
+        "--resamples", type=int, may=Range(low=2, high=10**6), default=50, help=resamples
+    )
     out = "folder of images and results; default: evaluation/ beside the first student"
     parser.add_argument("--out", type=place, help=out)
     given = parser.parse_args()
@@ -258,7 +265,7 @@ def numbers(text: str) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = (0,)
-    if min(values) < 1:
+    if min(values) < 1 or max(values) > CALLS.high:
         raise argparse.ArgumentTypeError(f'"{text}" is no list of step numbers such as 1,2,4,8')
     return tuple(dict.fromkeys(values))
 
@@ -280,17 +287,17 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--teacher", type=home, default="digits", help=teacher)
     add_size(parser, "the preset's")
     batch = "samples; default: the preset's"
-    parser.add_argument("--batch", type=int, may=COUNT, help=batch)
+    parser.add_argument("--batch", type=int, may=BATCH, help=batch)
     scale, may = "of all networks' widths; default: 1", Range(above=0, high=4)
     parser.add_argument("--width-scale", type=float, may=may, default=1.0, help=scale)
     depth = "of the denoiser; default: 0, as it is"
-    parser.add_argument("--depth", type=int, may=AMOUNT, default=0, help=depth)
+    parser.add_argument("--depth", type=int, may=Range(low=0, high=1000), default=0, help=depth)
     channels = "as in train.py; default: 0"
-    parser.add_argument("--disc-channels", type=int, may=AMOUNT, default=0, help=channels)
+    parser.add_argument("--disc-channels", type=int, may=LAYERS, default=0, help=channels)
     recompute = "as in train.py; default: the preset's"
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help=recompute)
     iterations = "timed, of each thing; default: 3"
-    parser.add_argument("--iterations", type=int, may=COUNT, default=3, help=iterations)
+    parser.add_argument("--iterations", type=int, may=CALLS, default=3, help=iterations)
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too")
     check = "is this GPU right, and how fast? Minutes; of the flags here only --parts and --out"
     parser.add_argument("--gpu-check", action="store_true", help=check)
@@ -322,9 +329,9 @@ def ablation_arguments(about: str | None) -> argparse.Namespace:
     seeds = "default: 0 1 2"
     parser.add_argument("--seeds", type=int, may=ANY, nargs="+", default=[0, 1, 2], help=seeds)
     steps = "iterations of a run; default: the preset's"
-    parser.add_argument("--steps", type=int, may=COUNT, help=steps)
+    parser.add_argument("--steps", type=int, may=STEPS, help=steps)
     jobs, cores = "runs at once; default: {}, the number of cores", os.cpu_count()
-    parser.add_argument("--jobs", type=int, may=COUNT, default=cores, help=jobs.format(cores))
+    parser.add_argument("--jobs", type=int, may=CALLS, default=cores, help=jobs.format(cores))
     out = Path("runs/ablation")
     parser.add_argument("--out", type=place, default=out, help=f"default: {out}")
     given = parser.parse_args()
@@ -376,4 +383,4 @@ def check_said(given: argparse.Namespace) -> None:
 
 def add_size(parser: Parser, default: str) -> None:
     sides, help = ("HEIGHT", "WIDTH"), f"of the images, pixels; default: {default}"
-    parser.add_argument("--size", type=int, may=COUNT, nargs=2, metavar=sides, help=help)
+    parser.add_argument("--size", type=int, may=SIDE, nargs=2, metavar=sides, help=help)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from config import escape, home, is_control
+from config import home
+from nets.letters import escape, is_control
 
 SIZE = 15  # pixels
 LINE = 18  # from one line to the next

@@ -25,6 +25,7 @@ from torch import Tensor
 from config import Refusal
 from engine.lettering import LINE, SIZE, font_for, wrapped
 from measure.distances import to_uint8
+from nets.disk import whole
 
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
@@ -39,7 +40,12 @@ def save_png(image: Tensor, path: Path, settings: dict, scale: int = 1) -> None:
     """The settings go into the PNG's text field "settings", as JSON."""
     text = PngInfo()
     text.add_text("settings", json.dumps(settings))
-    enlarge(image, scale).save(path, pnginfo=text)
+    save(enlarge(image, scale), path, pnginfo=text)
+
+
+def save(picture: Image.Image, path: Path, **how) -> None:
+    with whole(path) as part:
+        picture.save(part, format="PNG", **how)
 
 
 def check_finite(images: Tensor, whose: list[str]) -> None:
@@ -78,7 +84,7 @@ def side_by_side(
         for i in range(len(captions)):
             for k in range(samples):
                 picture.paste(enlarge(images[i, k], scale), (x + k * width, top + i * height))
-    picture.save(path)
+    save(picture, path)
 
 
 def sheet(
@@ -155,7 +161,8 @@ def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None
             axis.legend()
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
-    figure.savefig(path, dpi=75)
+    with whole(path) as part:
+        figure.savefig(part, dpi=75, format="png")
     plt.close(figure)
 
 
@@ -210,7 +217,7 @@ def save_figure(figure, path: Path) -> None:
     figure.set_dpi(70)
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
-    Image.fromarray(np.ascontiguousarray(pixels)).quantize(128).save(path, optimize=True)
+    save(Image.fromarray(np.ascontiguousarray(pixels)).quantize(128), path, optimize=True)
     pyplot().close(figure)
 
 

@@ -1,4 +1,4 @@
-"""Ranks and checkpoints: beside the commands, the only file that knows of several processes.
+"""Ranks: beside the commands and checkpoint.py, the only file that knows of several processes.
 
     start, stop, rank, world          one process is a world of one; torchrun makes more
     choose_mesh                       whole copies on every rank, or shards, by size or by flag
@@ -8,7 +8,7 @@
     sync_gradients                    whether copies exchange their gradients in this backward pass
     agree, on_all_ranks               what all ranks must do alike
     recompute                         activations of a network's blocks are not kept
-    save_checkpoint, load_checkpoint  into a temporary folder, checked, renamed
+    refusals                          one line for what the user can put right, and for Ctrl-C
 
 Replicas (DDP) and shards are one mechanism, FSDP2 on a mesh of (copies, shards): over N ranks
 replicas are (N, 1), sharding is (N,), and over several nodes (nodes, ranks of a node). So a network
@@ -16,15 +16,13 @@ may be called several times in a step, with gradient and without, and keeps its 
 DistributedDataParallel wraps it, and counts on one forward pass per backward pass. Weights,
 gradients and Adam's state are in fp32, each rank has its shard of them, and a block's weights come
 together, in bf16, while it computes.
-
-A checkpoint is a folder `step-N` with the tensors, `extra.json`, and `digests.json`, written last:
-a folder whose digests do not agree is damaged, and the one before it is used. The tensors may be
-read on any number of ranks.
 """
 
 import functools
 import itertools
 import os
+import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,48 +125,107 @@ def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str,
 
 
 def on_all_ranks(action: Callable) -> list:
-    """What `action` returns on each rank; OSError on all of them if it fails on one."""
-    value, problem = None, ""
+    """What `action` returns on each rank; Refusal or OSError on all of them if it fails on one."""
+    value, problem, number, refused = None, "", None, False
     try:
         value = action()
     except (OSError, Refusal, CheckpointException) as error:
-        problem = reason(error)
-    every = [(value, problem)] * world()
+        cause = cause_of(error)
+        if not isinstance(cause, Exception):
+            raise cause from None  # Ctrl-C, which is no failure
+        refused, problem = isinstance(cause, Refusal), reason(cause)
+        number = getattr(cause, "errno", None)
+    every = [(value, problem, number, refused)] * world()
     if world() > 1:
-        dist.all_gather_object(every, (value, problem))
-    for _, problem in every:
+        dist.all_gather_object(every, every[0])
+    for _, problem, number, refused in every:
         if problem:
-            raise OSError(problem)
-    return [value for value, _ in every]
+            failed = Refusal(problem) if refused else OSError(problem)
+            failed.errno = number
+            raise failed
+    return [value for value, *_ in every]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """torch.distributed.checkpoint wraps what happened, per rank."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def reason(error: BaseException) -> str:
-    """On one line. torch.distributed.checkpoint wraps what happened, per rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """On one line."""
+    error = cause_of(error)
+    if isinstance(error, OSError) and error.strerror and error.errno:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
     ours = isinstance(error, (Refusal, OSError))  # whose line ends are in a name
     return (legible(error) if ours else str(error).split("\n")[0]) or type(error).__name__
 
 
 @contextmanager
 def refusals(
-    also: tuple[type[Exception], ...] = (), note: Callable[[], str] = str
+    also: tuple[type[Exception], ...] = (),
+    note: Callable[[], str] = str,
+    interrupted: str = "interrupted",
 ) -> Iterator[None]:
     """What the user can put right becomes one line and exit code 2; of several ranks one speaks.
 
-    also: other errors that do; note: what is said after one.
+    also: other errors that do; note: what is said after one that is no Refusal; interrupted: what
+    is said on Ctrl-C, exit code 130, and on SIGTERM where it is heard as `Stopped`, 143.
     """
     try:
         yield
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        refuse(f"{interrupted}{note()}", spoken=is_first("refused"), code=128 + number)
     except Exception as error:
+        if lost_peer(error):
+            refuse(f"rank {rank()}: another rank has stopped ({reason(error)})", True, code=1)
+        if short := out_of_memory(error):
+            refuse(short, spoken=is_first("refused"))
         if not (is_refusal(error) or isinstance(error, also)):
             raise
-        refuse(f"{reason(error)}{note()}", spoken=is_first("refused"))
+        said = "" if isinstance(error, Refusal) else note()
+        refuse(f"{reason(error)}{said}", spoken=is_first("refused"))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether ranks were to do something together and one was no more; its own message says why."""
+    if not dist.is_initialized() or world() == 1:
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return said or isinstance(error, dist.DistError)
+
+
+def out_of_memory(error: Exception) -> str:
+    """What to say of memory that there was not, with the number; "" for another error."""
+    text = str(error).split("\n")[0]
+    cpu = re.search(r"tried to allocate (\d+) bytes", text)
+    if cpu and "DefaultCPUAllocator" in text:
+        text = f"{int(cpu[1]) / 1e9:,.1f} GB at once"
+    elif isinstance(error, MemoryError):
+        text = text or "of the host"
+    elif not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    return f"out of memory: {text}; a smaller --size or --batch takes less"
 
 
 def is_first(what: str) -> bool:
-    """Whether no other rank came here before."""
-    return not dist.is_initialized() or SHARED_STORE[0].add(what, 1) == 1
+    """Whether no other rank came here before; also where the one that kept count is no more."""
+    try:
+        return not dist.is_initialized() or SHARED_STORE[0].add(what, 1) == 1
+    except dist.DistError:
+        return True
 
 
 # --- networks on several ranks -------------------------------------------------------------------
@@ -361,6 +418,3 @@ def recompute(net: nn.Module) -> None:
     for block in net.blocks():
         how = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
         block.forward = functools.partial(checkpoint, block.forward, **how)
-
-
-# --- checkpoints ---------------------------------------------------------------------------------

@@ -11,20 +11,21 @@ another run takes as it is. Image k depends on its caption and on k alone, whate
 
 import dataclasses
 import json
-import os
+from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from config import Config, refuse
-from dataset.cache import check_purpose
+from config import Config
+from dataset.cache import check_purpose, write_purpose
 from dataset.images import Images
 from dataset.sources import captions_of, open_data
 from engine import ranks
 from engine.build import base_of, locate_files
 from engine.drawing import Sampling, Task, alike, draw, missing_images
+from nets.disk import hold, write_text
 from teachers import Teacher
 
 STEPS = 50  # the teacher's, as in sample.py and evaluate.py
@@ -40,19 +41,24 @@ def make_reals(cfg: Config, family: Teacher, device: torch.device) -> Images:
     folder = Path(cfg.reals or Path(cfg.out, "reals"))
     task = wanted(cfg, family, folder)
     (way,) = task.samplings
-    check_purpose(folder, alike(task, way) | {"base": base_of(cfg, family)}, flag="--reals")
-    listed = folder / "list.json"
+    about = alike(task, way) | {"base": base_of(cfg, family)}
+    check_purpose(folder, about, flag="--reals")
+    listed, first = folder / "list.json", ranks.rank() == 0
     paths = [str(task.path(way, k).relative_to(folder)) for k in range(task.count)]
     text = json.dumps({"image_paths": paths, "prompts": task.prompts})
     there = listed.is_file() and listed.read_text() == text
     if not ranks.agree(there, device):  # asked before any rank writes
-        listed.unlink(missing_ok=True)
-        draw_rounds(task, way, device)
-        ranks.barrier()
-        if ranks.rank() == 0:
-            part = listed.with_suffix(".part")
-            part.write_text(text)
-            os.replace(part, listed)
+        with ExitStack() as held:
+            ranks.on_all_ranks(
+                lambda: first and held.enter_context(hold(folder, "--reals")) or None
+            )
+            if first:
+                write_purpose(folder, about)
+                listed.unlink(missing_ok=True)
+            draw_rounds(task, way, device)
+            ranks.barrier()
+            if first:
+                write_text(listed, text)
         ranks.barrier()
     return open_data(str(listed), cfg.size, cfg.seed)
 
@@ -83,12 +89,9 @@ def wanted(cfg: Config, family: Teacher, folder: Path) -> Task:
 def draw_rounds(task: Task, way: Sampling, device: torch.device) -> None:
     """This rank's share of what is missing."""
     todo = missing_images(task, way, ranks.rank(), ranks.world())
-    try:
-        with tqdm(total=len(todo), desc="reals", disable=ranks.rank() > 0) as bar:
-            for start in range(0, len(todo), ROUND):
-                draw(task, {way: todo[start : start + ROUND]}, device, bar)
-    except KeyboardInterrupt:
-        refuse("interrupted; the same command draws what is missing")
+    with tqdm(total=len(todo), desc="reals", disable=ranks.rank() > 0) as bar:
+        for start in range(0, len(todo), ROUND):
+            draw(task, {way: todo[start : start + ROUND]}, device, bar)
 
 
 def teacher_calls(cfg: Config, family: Teacher) -> int:

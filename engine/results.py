@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from engine.batch import load_batch
 from engine.build import Nets, anchors, base_of, precision, whole_net
 from engine.pictures import curves, sheet
 from engine.run import Run, say
+from nets.disk import write_text
 from nets.weights import as_named, merge_weights, read_metadata, stream_weights, write
 from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find
@@ -52,6 +53,8 @@ def finish(
 ) -> None:
     """The student's file, then what shows it."""
     about, family = metadata_of(cfg, nets), nets.family
+    parts = {name: x["digest"] for name, x in run.settings.get("parts", {}).items()}
+    about |= {"parts": json.dumps(parts)}  # what it was trained with
     path = (export_lora if cfg.adapter else export)(nets, cfg, out, about)
     if not family.examined:
         draw_sheet(cfg, nets, data, out / "samples.png", device)
@@ -101,10 +104,23 @@ def export(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
     shapes = {prefix + name: x.shape for name, x in sorted(nets.ema.state_dict().items())}
     tensors = ((prefix + name, x) for name, x in ranks.gather(nets.ema))
     if ranks.rank() == 0:
-        stream_weights(tensors, shapes, path, dtype, about)
+        stream_weights(finite(tensors, dtype, path), shapes, path, dtype, about)
     else:
         collections.deque(tensors, maxlen=0)  # takes part, keeps nothing
     return path
+
+
+def finite(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, path: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """On the host, as they are written. FloatingPointError for a value that would not be finite."""
+    for name, tensor in tensors:
+        tensor = tensor.detach().to("cpu", dtype).contiguous()
+        if not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"{name} has values that are not finite: {path} is not written"
+            )
+        yield name, tensor
 
 
 def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
@@ -115,7 +131,7 @@ def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Pa
         kind = format_of(family, cfg.lora_format)
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         tensors = lora_tensors(family, kind, added, nets.teacher)
-        tensors = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
+        tensors = dict(finite(tensors.items(), dtype, path))
         more = modelspec(family, cfg.student_steps, cfg.size, lora=True)
         more |= {"guidance": str(cfg.guidance), "lora_format": kind}
         more |= {"rank": str(cfg.adapter), "alpha": str(cfg.adapter)}
@@ -181,7 +197,6 @@ def draw_sheet(cfg: Config, nets: Nets, data, path: Path, device: torch.device) 
             x0 = sample_x0(nets.ema, eps, cond, taus, generators=draw)
             images.append(nets.vae.decode(x0).cpu())
     if ranks.rank() == 0:
-        path.parent.mkdir(exist_ok=True)
         title = f"student, {len(taus)} steps"
         sheet(path, list(shown), {title: torch.stack(images)}, nets.family.enlarged)
 
@@ -211,4 +226,4 @@ def report(cfg: Config, out: Path, nets: Nets, exam, run: Run, seconds: float) -
         metrics["table"] = exam.table(nets.ema, taus, nets.teacher if cfg.table else None)
         metrics["table_seconds"] = time.time() - start
         print(exam.show(metrics["table"]))
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))

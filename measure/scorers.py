@@ -112,21 +112,20 @@ def load_inception(path: Path | None) -> nn.Module | None:
         raise Refusal(f"--inception {path} is no file of its weights ({reason})") from None
 
 
-def check_scorers(
-    files: Files, given: dict[str, Path], dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Path]:
+def check_scorers(files: Files, given: dict[str, Path]) -> dict[str, Path]:
     """Per score its network's file, CLIP's own among them. ValueError or FileNotFoundError.
 
-    Each is loaded once, and let go: what is wrong shows before images are drawn.
+    Their headers are compared: what is wrong shows before images are drawn.
     """
     paths = {title: safetensors_of(path) for title, path in given.items()}
-    words = files["clip_vit_tokenizer"]
+    paths, words = {"CLIP": files["clip_vit"][0]} | paths, files["clip_vit_tokenizer"]
+    load_vit(DINOV2, *files["dinov2"], device="meta")
     for title, path in paths.items():
-        load_clip_vision(path, dtype, cfg=SCORERS[title].vision)
-        load_clip_text(path, *words, dtype, cfg=SCORERS[title].text)
+        load_clip_vision(path, device="meta", cfg=SCORERS[title].vision)
+        load_clip_text(path, *words, device="meta", cfg=SCORERS[title].text)
         if SCORERS[title].scaled and "logit_scale" not in places([path], ""):
             raise Refusal(f"{path} lacks logit_scale, by which {title} multiplies")
-    return {"CLIP": files["clip_vit"][0]} | paths
+    return paths
 
 
 def feature_nets(

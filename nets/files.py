@@ -10,6 +10,7 @@ is asked.
 """
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ class Part:
     others: tuple[tuple[str, ...], ...] = ()  # ... or all of one of these, in a folder only
     prefix: str = ""  # of this network's names, where one file holds several networks
     folder: str = ""  # `files` are below this one of a folder: repositories share names
+    revision: str = ""  # a commit of the repository, which the hub is asked for; "": its newest
+
+    def pinned(self) -> dict[str, str]:
+        """As huggingface_hub's functions take it."""
+        return {"revision": self.revision} if self.revision else {}
 
 
 # --- the table of what teachers share ------------------------------------------------------------
@@ -100,43 +106,44 @@ def accepted(part: Part, folder: Path) -> str:
 
 def fetch(files: Iterable[tuple[Part, str]], folder: Path | str) -> str:
     """The command that fetches (part, file) pairs to where they are looked for in a folder."""
-    by_repo: dict[tuple[str, Path], dict[str, None]] = {}
+    by_repo: dict[tuple[str, str, Path], dict[str, None]] = {}
     for part, file in files:  # parts may share a file
         if not part.repo:
             continue
-        by_repo.setdefault((part.repo, Path(folder, part.folder)), {})[file] = None
-    return " && ".join(
-        f"hf download {repo} {' '.join(names)} --local-dir {target}"
-        for (repo, target), names in by_repo.items()
-    )
+        where = (part.repo, part.revision, Path(folder, part.folder))
+        by_repo.setdefault(where, {})[file] = None
+    commands = []
+    for (repo, revision, target), names in by_repo.items():
+        pinned = ["--revision", revision] if revision else []
+        words = ["hf", "download", repo, *names, *pinned, "--local-dir", str(target)]
+        commands.append(shlex.join(words))  # to be copied: a name may have spaces, or worse
+    return " && ".join(commands)
 
 
-def cached(repo: str, file: str) -> bool:
+def cached(part: Part, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, file), str)  # else None, or "known not to exist"
+    found = try_to_load_from_cache(part.repo, file, **part.pinned())
+    return Path(found) if isinstance(found, str) else None  # or what is known not to exist
 
 
 def from_hub(wanted: Mapping[str, Part]) -> Files:
     """Out of the cache where all is there, without a connection; else downloaded into it."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
 
     every = [(part, file) for part in wanted.values() for file in part.files]
     for part, file in every:
         if not part.repo:
             raise FileNotFoundError(f"{file} is on no hub; give its folder: --weights DIR")
-        if cached(part.repo, file):
+        if cached(part, file):
             continue
         try:
-            hf_hub_download(part.repo, file)
+            hf_hub_download(part.repo, file, **part.pinned())
         except (HfHubHTTPError, EntryNotFoundError, ConnectionError) as error:
-            missing = [(part, file) for part, file in every if not cached(part.repo, file)]
+            missing = [(part, file) for part, file in every if not cached(part, file)]
             raise explain(error, part.repo, missing) from None
-    return {
-        name: [Path(try_to_load_from_cache(part.repo, file)) for file in part.files]
-        for name, part in wanted.items()
-    }
+    return {name: [cached(part, file) for file in part.files] for name, part in wanted.items()}
 
 
 def explain(error: Exception, repo: str, missing: list[tuple[Part, str]]) -> OSError:

@@ -8,7 +8,6 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from config import Refusal
 from nets.weights import write
@@ -38,8 +37,8 @@ def safetensors_of(path: Path) -> Path:
         raise Refusal(f"{path} is damaged, or no dict of tensors ({reason})") from None
     try:
         write(tensors, copy, {})
-    except (SafetensorError, TypeError) as error:
-        raise Refusal(f"{copy} cannot be written ({first_line(error)})") from None
+    except TypeError as error:
+        raise Refusal(f"{path} is no dict of tensors ({first_line(error)})") from None
     return copy
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import is_text
+from nets.letters import is_text
 
 
 @contextmanager
-def spelled(path: Path) -> Iterator[Path]:
-    """The file, to be opened or made, under a name that UTF-8 can hold: a link, if need be."""
+def spelled(path: Path, written: bool = False) -> Iterator[Path]:
+    """The file, to be opened or written, under a name that UTF-8 can hold: a link, if need be."""
     if is_text(str(path)):
         yield path
         return
@@ -20,7 +20,7 @@ def spelled(path: Path) -> Iterator[Path]:
         folder.symlink_to(path.parent.absolute())
         if is_text(path.name):
             yield folder / path.name
-        elif path.exists():
+        elif not written:
             link.symlink_to(path.absolute())
             yield link
         else:  # made in its folder, then called what it shall be called

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Refusal
+from nets.disk import check_file
 from nets.spelled import spelled
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -28,8 +29,7 @@ NO_WEIGHTS = re.compile(
 
 def open_weights(path: Path):
     """A memory-mapped safetensors file. Raises ValueError or FileNotFoundError in one line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch it, or correct the path")
+    check_file(path)
     try:
         with spelled(path) as named:
             return safe_open(named, framework="pt")

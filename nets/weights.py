@@ -15,7 +15,6 @@ the memory of the network and of one more tensor.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import Refusal
+from nets.disk import check_file, whole
 from nets.names import Other
 from nets.spelled import spelled
 from nets.strict import NO_SCALES, SCALES, compare_forms, compare_names, open_weights
@@ -43,8 +43,7 @@ NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 def shards(path: Path) -> list[Path]:
     """The files behind an index (`*.safetensors.index.json`), all of them there."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch it, or correct the path")
+    check_file(path)
     try:
         listed = json.loads(path.read_text())["weight_map"].items()
         files = {path.parent / file: name for name, file in listed}
@@ -160,7 +159,8 @@ def stored_weights(
 
     path: see `files_of`. prefix: what precedes this network's names in a file that holds several
     networks; the others are not looked at. ignore: whole names, prefix included, of what is in the
-    file and no weight. eight_bits: weights may be stored so, with scales or without. Raises
+    file and no weight. eight_bits: weights may be stored so, with scales or without. device:
+    "meta", to compare the headers alone and read nothing. Raises
     ValueError or FileNotFoundError.
     """
     paths = files_of(path)
@@ -171,6 +171,11 @@ def stored_weights(
     for file in paths:
         forms = {name: wanted[name] for name in wanted if found[name] == file}
         compare_forms(forms, file, eight_bits)
+    if torch.device(device).type == "meta":  # headers alone
+        for name, tensor in wanted.items():
+            form = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+            yield name.removeprefix(prefix), form
+        return
     how = (dtype, device, {prefix + name for name in wide}, read_scales(wanted, found))
     for file, names in groupby(wanted, found.get):
         for name, tensor in each_tensor(list(names), file, *how):
@@ -318,17 +323,12 @@ def stream_weights(
         header[name] = form
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that numbers are aligned
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for (name, tensor), wanted in zip(tensors, shapes, strict=True):
-                assert name == wanted, f"tensors come in the order of shapes: {name}, not {wanted}"
-                data = tensor.detach().to("cpu", dtype).contiguous().flatten()
-                file.write(data.view(torch.uint8).numpy())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), wanted in zip(tensors, shapes, strict=True):
+            assert name == wanted, f"tensors come in the order of shapes: {name}, not {wanted}"
+            data = tensor.detach().to("cpu", dtype).contiguous().flatten()
+            file.write(data.view(torch.uint8).numpy())
 
 
 def merge_weights(
@@ -369,13 +369,9 @@ def merge_weights(
 
 
 def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with spelled(part) as named:
-            save_file(tensors, named, metadata=metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """OSError if it cannot be written."""
+    with whole(path) as part, spelled(part, written=True) as named:
+        save_file(tensors, named, metadata=metadata)
 
 
 def digest(weights: nn.Module | Path | Sequence[Path], prefix: str = "") -> str:

@@ -14,8 +14,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from config import Parser, place
+from config import CALLS, Parser, Refusal, place, refuse
 from engine.pictures import points_and_graphs
+from nets.disk import try_folder
 from plane import scenarios
 from plane.scenarios import SCENARIOS
 from plane.tables import graphs, panels, reference, table
@@ -30,7 +31,9 @@ def arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("scenario", nargs="*", default=["all"], help="one or several; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant; default: 3")
+    parser.add_argument(
+        "--seeds", type=int, may=CALLS, default=3, help="runs of each variant; default: 3"
+    )
     parser.add_argument(
         "--out", type=place, default=Path("runs/plane"), help="folder; default: runs/plane"
     )
@@ -38,12 +41,10 @@ def arguments() -> argparse.Namespace:
     unknown = [name for name in given.scenario if name not in (*SCENARIOS, "all")]
     if unknown:
         parser.error(f'unknown scenario "{unknown[0]}"; choose from all, {", ".join(SCENARIOS)}')
-    if given.seeds < 1:
-        parser.error(f"--seeds is {given.seeds}; it must be at least 1")
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {given.out} cannot be made ({error.strerror}); choose another")
+        try_folder(given.out)
+    except Refusal as error:
+        parser.error(str(error))
     return given
 
 
@@ -65,7 +66,7 @@ def main() -> None:
                 flush=True,
             )
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        refuse("interrupted", code=130)
     finally:
         pool.shutdown(cancel_futures=True)
 

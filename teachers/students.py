@@ -13,7 +13,6 @@ times_of       where it, or its teacher, is called
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,15 +245,15 @@ def remember(student: Student) -> Path | None:
     """What is known of a student of others, into student.json beside it; None: of train.py's."""
     if not student.foreign:
         return None
+    from nets.disk import write_text
+
     where, said = memory(student.path), {}
     for name in SAID:
         if name in student.about:
             text = student.about[name]
             said[name] = text if name in ("teacher", "sampler") else json.loads(text)
     every = json.loads(where.read_text()) if where.is_file() else {}
-    part = where.with_name("student.json.part")
-    part.write_text(json.dumps(every | {student.path.name: said}, indent=1))
-    os.replace(part, where)
+    write_text(where, json.dumps(every | {student.path.name: said}, indent=1))
     return where
 
 

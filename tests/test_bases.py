@@ -13,9 +13,9 @@ from small import SMALL, make_official
 
 import teachers
 from config import Refusal
-from engine import results
-from engine.build import base_of, check_base
-from engine.run import prepare_folder
+from engine import results, run
+from engine.build import check_base
+from engine.start import identities
 from engine.views import load_base
 from nets.names import stored_as
 from nets.quantised import Quantised
@@ -618,11 +618,10 @@ def test_a_run_goes_on_with_its_own_base_alone(tmp_path):
     def begin(base, merge=()):
         cfg = configure("sd15", weights=str(tmp_path), out=str(tmp_path / "run"), base=str(base))
         cfg = dataclasses.replace(cfg, merge=tuple(merge))
-        digests = {"denoiser": base_of(cfg, family)}
-        out = prepare_folder(cfg, False, digests)
-        saved = dataclasses.asdict(cfg) | {"digests": digests}
-        (out / "config.json").write_text(json.dumps(saved))
-        return digests["denoiser"]
+        settings = run.settings_of(cfg, identities(cfg, family), {})
+        run.check_run(cfg, tmp_path / "run", settings)
+        run.begin(tmp_path / "run", settings, overwrite=False)
+        return settings["parts"]["denoiser"]["digest"]
 
     first = begin(place, [f"{loras[0]}:0.5", loras[1]])
     moved = place.rename(tmp_path / "moved.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset import cache
-from dataset.cache import Cache, check_purpose, send_rows, write_cache
+from dataset.cache import Cache, check_purpose, send_rows, write_cache, write_purpose
 from dataset.images import Pairs
 
 
@@ -82,6 +82,8 @@ def test_counts_stay_on_the_host():
 def test_a_cache_for_something_else_is_refused(tmp_path):
     about = {"teacher": "flux-dev", "size": [1024, 1024]}
     check_purpose(tmp_path, about)
+    assert not any(tmp_path.iterdir()), "what is only looked at is not written"
+    write_purpose(tmp_path, about)
     check_purpose(tmp_path, about)
     with pytest.raises(ValueError, match=r"teacher: flux-dev -> sdxl"):
         check_purpose(tmp_path, about | {"teacher": "sdxl"})
@@ -89,7 +91,7 @@ def test_a_cache_for_something_else_is_refused(tmp_path):
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         check_purpose(tmp_path, about)
-    assert not list(Path(tmp_path).glob("*.part"))
+    assert not list(Path(tmp_path).glob("*.part*"))
 
 
 def test_a_finished_cache_is_only_read(tmp_path):

@@ -220,7 +220,7 @@ def test_no_float_is_nan_or_infinite(command, value):
         ((train, "--betas", "0.9", "1"), "--betas is 0.9 1.0; each must be at least 0, below 1"),
         ((train, "--taus", "1.5", "0.5"), "--taus is 1.5 0.5; each must be above 0, at most 1"),
         ((train, "--shift", "0"), "--shift is 0.0; it must be above 0"),
-        ((train, "--seed", "9" * 400, "--batch", "0"), "--batch is 0; it must be at least 1"),
+        ((train, "--seed", "9" * 400, "--batch", "0"), "--batch is 0; it must be from 1 to 65,536"),
         ((train, "--learning-rate", "1"), "--learning-rate 1; did you mean --lr?"),
         ((train, "--learning-rate=1"), "; did you mean --lr?"),
         ((train, "--fake-learning-rate", "1"), "; did you mean --lr-fake? "),

@@ -22,6 +22,16 @@ def test_dmd_gradient_is_normalised_per_sample(x0):
         torch.testing.assert_close(got[b], wanted)
 
 
+def test_a_teacher_that_is_not_finite_gives_no_gradient_of_zero(x0):
+    """NaN in the denominator is no agreement: it reaches the loss, where the guard skips it."""
+    x0_teacher = x0 + 1
+    x0_teacher[1, 0, 0, 0] = float("nan")
+    got = dmd_gradient(x0, x0 + 2, x0_teacher)
+    assert got[1].isnan().all() and torch.isfinite(got[0]).all()
+    x0_teacher[1, 0, 0, 0] = float("inf")
+    assert not torch.isfinite(dmd_gradient(x0, x0 + 2, x0_teacher)[1]).all()
+
+
 def test_dmd_gradient_is_zero_not_nan_where_the_teacher_agrees(x0):
     """A zero denominator gives a zero gradient, in that sample alone."""
     x0_fake, x0_teacher = torch.randn_like(x0), torch.randn_like(x0)

@@ -17,7 +17,7 @@ RUN_AS_MODULES = {"engine.bench", "digits.pretrain", "digits.ablation", "plane._
 GROUND = {"nets", "config", "schedule"}
 AROUND = GROUND | {"dataset", "measure", "digits", "engine.ranks", "engine.pictures"}
 ALLOWED = {
-    "config": set(),
+    "config": {"nets.letters"},
     "schedule": {"nets"},
     "nets": {"nets", "config"},  # of config what refuses
     "ida": set(),
@@ -27,9 +27,9 @@ ALLOWED = {
     "discriminator": {"nets", "schedule"},
     "model": GROUND,
     "engine.ranks": GROUND,
-    "engine.checkpoint": {"engine.ranks"},
-    "engine.lettering": {"config"},
-    "engine.pictures": {"config", "engine.lettering", "measure"},
+    "engine.checkpoint": GROUND | {"engine.ranks"},
+    "engine.lettering": {"config", "nets.letters"},
+    "engine.pictures": {"config", "engine.lettering", "measure", "nets"},
     "dataset": GROUND | {"dataset", "engine.ranks"},
     "measure": GROUND | {"measure"},
     "digits.words": {"config"},

@@ -13,6 +13,7 @@ from teachers import find
 @pytest.fixture
 def assets(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "ASSETS", tmp_path)
+    monkeypatch.setattr(pretrain, "KEPT", tmp_path / "kept")
     return tmp_path
 
 
@@ -33,6 +34,39 @@ def test_teacher_trains_and_saves_its_average(assets):
     pretrain.train_teacher(steps=3, batch=8)
     net = load_weights(find("digits").build(2.0), assets / "teacher.safetensors")
     assert net.final_layer.linear.weight.abs().max() > 0, "it starts at zero and must have moved"
+
+
+@pytest.mark.parametrize("name, calls", [("judge", 5), ("backbone", 3), ("teacher", 6)])
+def test_pretraining_continues_and_leaves_the_shipped_networks_alone(
+    assets, monkeypatch, name, calls
+):
+    """Interrupted after two iterations or more, it ends in the same file bit for bit; until then
+    that is as it was shipped."""
+    monkeypatch.setattr(pretrain, "EVERY", 2)
+    train, path = getattr(pretrain, f"train_{name}"), assets / f"{name}.safetensors"
+    steps = {"steps": 2, "ghost_steps": 2} if name == "judge" else {"steps": 4}
+    train(**steps, batch=4)
+    whole = path.read_bytes()
+    assert not any((assets / "kept").iterdir()), "what is done is not kept"
+    path.write_bytes(b"shipped")
+    set_lr, asked = pretrain.set_lr, []
+
+    def stopped(*given):
+        asked.append(1)
+        if len(asked) == calls:
+            raise KeyboardInterrupt
+        set_lr(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "set_lr", stopped)
+        train(**steps, batch=4)
+    assert path.read_bytes() == b"shipped"
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "set_lr", lambda *given: asked.append(1) or set_lr(*given))
+        train(**steps, batch=4)
+    assert len(asked) == (4 if name == "teacher" else 2) - (name == "judge") * 2, "it began anew"
+    assert path.read_bytes() == whole
 
 
 def test_blends_are_what_they_say():

@@ -28,7 +28,7 @@ from dataset.images import Pairs
 from dataset.pixels import SUFFIXES, upright
 from dataset.shards import expand, tar_members
 from dataset.sources import open_data
-from engine.run import prepare_folder
+from engine.run import check_run, settings_of
 from nets import weights
 from teachers import configure
 
@@ -474,16 +474,16 @@ def test_a_run_continues_with_its_data_alone(tmp_path, kind):
     cfg = configure("sd15", data=str(tmp_path / "x"), out=str(tmp_path / "run"))
     write_folder(tmp_path / "x", good(5))
     (tmp_path / "run").mkdir()
-    saved = vars(cfg) | {"identity": identity(opened(tmp_path / "x"))}
+    saved = settings_of(cfg, {}, identity(opened(tmp_path / "x")))
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     copy = write_folder(tmp_path / "copy", good(5))
     cfg = configure("sd15", data=str(copy), out=str(tmp_path / "run"))
     data = opened(copy)
-    prepare_folder(cfg, False, {}, data, identity(data))
+    check_run(cfg, tmp_path / "run", settings_of(cfg, {}, identity(data)), data)
     CHANGED[kind](copy)
     data = opened(copy)
     with pytest.raises(Refusal, match="another configuration") as error:
-        prepare_folder(cfg, False, {}, data, identity(data))
+        check_run(cfg, tmp_path / "run", settings_of(cfg, {}, identity(data)), data)
     assert TOLD.get(kind, "data: 5 samples -> 4") in str(error.value)
     assert "003" in str(error.value) or kind == "fewer"
 

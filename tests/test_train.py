@@ -206,14 +206,36 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_counted():
     before = weights(nets)
     log = train_step(step, batch, nets, opts, cfg)
     assert log["skipped"] == 2 and moved(nets, before) == {"fake"}
-    run = train.Run()
-    for _ in range(9):
-        run.count_skipped(1)
-    run.count_skipped(0)
-    for _ in range(9):
-        run.count_skipped(1)
-    with pytest.raises(FloatingPointError, match="ten iterations"):
-        run.count_skipped(1)
+    assert log["skipped_student"] == log["skipped_disc"] == 1 and "skipped_fake" not in log
+
+
+def test_ten_skipped_updates_of_one_network_in_a_row_end_a_run():
+    """A student that moves on every fifth turn has ten of its own in fifty iterations, while the
+    fake score learns. What is skipped is said, less and less often."""
+    run, said = Run(), []
+    for turn in range(50):
+        values = {"norm_fake": 1.0}
+        if turn % 5 == 0:
+            values |= {"norm_student": 1.0} | ({} if turn == 20 else {"skipped_student": 1.0})
+        said.append(run.count(values))
+    assert run.skipped == {"student": 9} and run.turns == {"fake": 50, "student": 10}
+    assert said[0].endswith("student: 1 of 1") and said[10] == "" and run.in_a_row["student"] == 5
+    run.check_learned()
+    bad = {"norm_fake": 1.0, "norm_student": 1.0, "skipped_student": 1.0}
+    for _ in range(4):
+        run.count(bad)
+    kept = Run()
+    kept.resume({"step": 54, **json.loads(json.dumps(run.state()))})
+    with pytest.raises(FloatingPointError, match="10 updates of the student in a row"):
+        kept.count(bad)
+
+
+def test_a_student_that_never_moved_is_not_exported():
+    """It would be its teacher, with exit code 0."""
+    run = Run()
+    run.count({"norm_student": 1.0, "skipped_student": 1.0, "norm_fake": 1.0})
+    with pytest.raises(FloatingPointError, match="all 1 updates of the student"):
+        run.check_learned()
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -257,7 +279,9 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
     shutil.copytree(undisturbed, out)
     newest = sorted(out.glob("checkpoints/step-????????/*.distcp"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert "is damaged; using the checkpoint before it" in printed_by(out)
+    said = printed_by(out)
+    assert "step-00000012 is damaged (not as it was written: __0_0.distcp); using" in said
+    assert "step-00000010, a checkpoint before it" in said
     assert student_of(out) == student_of(undisturbed)
     assert (out / "log.csv").read_text() == (undisturbed / "log.csv").read_text()
 

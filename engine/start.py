@@ -1,0 +1,121 @@
+"""Before a run: all that can be refused is, before anything is loaded, cached or deleted.
+
+check_all     flags, data, files and the folder, which is this run's alone from then on
+check_weights, check_headers, check_denoiser    each file is that of its network
+identities    by part, what tells its files from others
+open_exam     the teacher's examiner, and the images that students are held against
+"""
+
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from config import Config
+from dataset.identity import identity as identity_of_data
+from engine import ranks
+from engine.build import (
+    Nets,
+    check_optimizer,
+    identity,
+    locate_files,
+    open_inputs,
+    whole_net,
+)
+from engine.results import check_export, is_examined
+from engine.run import check_run, keep_samples, settings_of, take_folder
+from nets import disk, same
+from nets.files import Files
+from teachers import Teacher, find
+from teachers.bases import part_prefix
+
+
+def check_all(cfg: Config, overwrite: bool, held: ExitStack) -> tuple[Config, object, dict]:
+    """The configuration, the data set and what config.json will say.
+
+    The folder is made, and held until `held` is closed; if that is all that was done, it goes
+    again. overwrite: whatever run is there. ValueError or OSError.
+    """
+    family, out = find(cfg.teacher), Path(cfg.out)
+    ranks.on_all_ranks(partial(disk.try_folder, out))
+    cfg = cfg if overwrite else keep_samples(cfg, out)
+    check_optimizer(cfg.optimizer)
+    data = open_inputs(cfg, family)
+    check_export(cfg, family)
+    take_folder(out, held)
+    check_weights(cfg, family)
+    what, *_ = ranks.on_all_ranks(lambda: {} if ranks.rank() > 0 else identity_of_data(data))
+    settings = settings_of(cfg, identities(cfg, family), what)
+    if not overwrite:
+        check_run(cfg, out, settings, data)
+    return cfg, data, settings
+
+
+def check_weights(cfg: Config, family: Teacher) -> None:
+    """Every part's header beside its network, before anything is loaded or cached. ValueError."""
+    files = locate_files(cfg, family, cached=bool(cfg.cache))
+    dtype = None if cfg.base_dtype in ("fp8", "int8") else torch.float32  # None: in 8 bits too
+    check_denoiser(family, files["denoiser"], dtype)
+    check_headers(family, files, text=not cfg.cache)
+    if cfg.w_gan:
+        family.load_backbone(files, *HEADERS)
+        if not cfg.cache:
+            family.load_reader(files, *HEADERS)
+
+
+HEADERS = (torch.float32, torch.device("meta"))  # how a part is "loaded" whose header is compared
+
+
+def check_denoiser(
+    family: Teacher, paths: list[Path], dtype: torch.dtype | None = torch.float32
+) -> None:
+    """ValueError or FileNotFoundError."""
+    for _ in family.read(family.preset.shift, paths, dtype, HEADERS[1]):
+        pass
+
+
+def check_headers(family: Teacher, files: Files, text: bool = True) -> None:
+    """Of VAE and text encoders. ValueError or FileNotFoundError."""
+    family.load_vae(files, *HEADERS)
+    if text:
+        family.load_text(files, *HEADERS)
+
+
+def identities(cfg: Config, family: Teacher) -> dict[str, dict[str, str]]:
+    """By part, what tells its files from others; see nets/same.py. With a cache the files of text
+    encoders count where they are there."""
+    files = locate_files(cfg, family, cached=bool(cfg.cache))
+    if cfg.cache and (cfg.weights or family.preset.weights):
+        with suppress(FileNotFoundError):
+            files = locate_files(cfg, family)
+
+    def read() -> dict[str, dict[str, str]]:
+        if ranks.rank() > 0:
+            return {}
+        found = {name: same.identity(files[name], prefix_of(family, files, name)) for name in files}
+        whole = identity(family, files["denoiser"], cfg.merge)
+        merged = {"merged": whole.partition("+")[2]} if cfg.merge else {}
+        found["denoiser"] |= {"digest": whole, **merged}
+        return found
+
+    return ranks.on_all_ranks(read)[0]
+
+
+def prefix_of(family: Teacher, files: Files, part: str) -> str:
+    """What precedes a part's names in its files."""
+    if part != "denoiser":
+        return part_prefix(part, files[part], family.prefix(part))
+    return family.layout(files[part], family.load(1.0, files[part], None, "meta"))["prefix"]
+
+
+def open_exam(cfg: Config, nets: Nets):
+    """None: none is asked for, or on another rank. All ranks must ask."""
+    if not is_examined(cfg, nets.family):
+        return None
+    teacher = whole_net(nets.teacher, cfg, nets)
+    if ranks.rank() > 0:
+        return None
+    exam = nets.family.exam(cfg.guidance)
+    exam.ask_teacher(teacher)
+    return exam
