@@ -318,7 +318,7 @@ class Config:
     table: bool = setting(True, "the teacher too in the table at the end")
 
 
-PLACES = ("weights", "data", "cache", "out")  # paths
+PLACES = ("weights", "data", "cache", "out", "base")  # paths
 HOUSEKEEPING = (
     "out",
     "export",
@@ -426,7 +426,8 @@ def resolve(preset: Config, fewer: dict[int, dict], name: str, **flags) -> Confi
     cfg = dataclasses.replace(preset, **fewer.get(steps, {}))
     cfg = dataclasses.replace(cfg, **flags)
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}")
-    cfg = dataclasses.replace(cfg, **{name: home(getattr(cfg, name)) for name in PLACES})
+    places = {name: home(getattr(cfg, name)) for name in PLACES}
+    cfg = dataclasses.replace(cfg, **places, merge=tuple(map(home, cfg.merge)))
     check(cfg)
     return cfg
 

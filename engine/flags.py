@@ -132,7 +132,7 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
             options["nargs"] = "*" if rest[-1] is Ellipsis else 1 + len(rest)
         if not isinstance(about["may"], Choice):
             options["metavar"] = kind.__name__.upper()
-        kind = home if field.name in (*PLACES, "teacher") else kind
+        kind = home if field.name in (*PLACES, "teacher", "merge") else kind
         flags[field.name] = group.add_argument(name, type=kind, may=about["may"], **options)
         if field.name in SWITCHES:
             switch, off = SWITCHES[field.name]
@@ -359,9 +359,10 @@ def add_adapter_scale(parser: Parser) -> None:
 
 def add_base(parser: Parser) -> None:
     base = "a fine-tune in place of the teacher's denoiser; as for train.py"
-    parser.add_argument("--base", default="", metavar="FILE", help=base)
+    parser.add_argument("--base", type=home, default="", metavar="FILE", help=base)
     merge = "LoRA files added to that first"
-    parser.add_argument("--merge", nargs="+", default=[], metavar="FILE[:SCALE]", help=merge)
+    how = {"type": home, "nargs": "+", "default": [], "metavar": "FILE[:SCALE]"}
+    parser.add_argument("--merge", help=merge, **how)
 
 
 def add_said(parser: Parser) -> None:

@@ -521,10 +521,10 @@ def test_a_tilde_is_the_home_folder_after_every_flag(monkeypatch, tmp_path):
     cfg, _ = train.train_arguments("")
     assert [cfg.data, cfg.out, cfg.weights, cfg.cache] == [str(tmp_path / x) for x in "dowc"]
     assert configure(data="~/d").data == str(tmp_path / "d")
-    given = ["--checkpoint=~/s", "--prompts=~/p", "--weights=~/w", "--out=~/o.png"]
+    given = ["--checkpoint=~/s", "--prompts=~/p", "--weights=~/w", "--base=~/b", "--out=~/o.png"]
     monkeypatch.setattr(sys, "argv", ["sample.py", *given])
     found = sample.sample_arguments("")
-    for name in ("checkpoint", "prompts", "weights", "out"):
+    for name in ("checkpoint", "prompts", "weights", "base", "out"):
         assert str(getattr(found, name)).startswith(str(tmp_path)), name
     names = ("student", "data", "weights", "inception", "clip-g", "hpsv2", "out")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *(f"--{name}=~/{name}" for name in names)])

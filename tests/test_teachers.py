@@ -432,7 +432,8 @@ def test_t5_reads_as_many_tokens_as_asked(command, folder, tmp_path, monkeypatch
     cond = text(["red fox"])
     assert {name: tuple(x.shape[1:]) for name, x in cond.items()} == family.cond_shapes()
     assert cond["context"].shape[1] == 77 + 20 and reading(family, 0) is family
-    monkeypatch.setattr(sys, "argv", ["train.py", "--teacher", "sd35-medium", "--t5-length", "20"])
+    given = ["--teacher", "sd35-medium", "--t5-length", "20", "--weights", str(place)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
     cfg, _ = train.train_arguments("")
     assert find("sd35-medium").cond_shapes() == family.cond_shapes()
     nets = SimpleNamespace(family=family, student=family.build(3.0))
