@@ -455,11 +455,6 @@ def check(cfg: Config) -> None:
         )
 
 
-def check_choice(cfg: Config, name: str, allowed: Iterable[str]) -> None:
-    if getattr(cfg, name) not in allowed:
-        raise Refusal(f'{flag(name)} is "{getattr(cfg, name)}"; choose from {", ".join(allowed)}')
-
-
 def differences(old: dict, new: Config) -> list[str]:
     """Fields, housekeeping aside, in which a saved configuration differs: "field: old -> new".
 

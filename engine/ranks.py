@@ -158,7 +158,7 @@ def reason(error: BaseException) -> str:
     error = cause_of(error)
     if isinstance(error, OSError) and error.strerror and error.errno:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        return legible(f"{where}{error.strerror}")
     ours = isinstance(error, (Refusal, OSError))  # whose line ends are in a name
     return (legible(error) if ours else str(error).split("\n")[0]) or type(error).__name__
 

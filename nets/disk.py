@@ -24,6 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from config import Refusal
+from nets.letters import is_text
 
 PART = re.compile(r"\.\d+\.part(\.\w+)?$")  # how the name of a file ends that is being written
 LOCK = ".lock"
@@ -42,7 +43,9 @@ def whole(path: Path) -> Iterator[Path]:
     alone). Where the block fails nothing of it is left. OSError, in one line, if it cannot be
     written.
     """
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    name = path.name if is_text(path.name) else "file"  # what it is written with takes no other
+    name, dot, suffix = name.rpartition(".") if "." in name[1:] else (name, "", "")
+    part = path.with_name(f"{name}.{os.getpid()}.part{dot}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()

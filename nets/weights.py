@@ -370,7 +370,7 @@ def merge_weights(
 
 def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """OSError if it cannot be written."""
-    with whole(path) as part, spelled(part, written=True) as named:
+    with whole(path) as part, spelled(part) as named:
         save_file(tensors, named, metadata=metadata)
 
 

@@ -133,7 +133,6 @@ WRITES = r"(?<!disk)\.write_(text|bytes)\(|os\.replace\(|save_file\(|savez|\bope
 OTHERS = {  # what is written within `whole` or in a folder renamed as a whole, or appended
     "nets/disk.py": 2,
     "nets/weights.py": 2,
-    "nets/spelled.py": 1,
     "engine/run.py": 2,
     "engine/pictures.py": 0,
     "digits/pretrain.py": 1,
@@ -243,7 +242,7 @@ def test_a_disk_without_locks_goes_by_the_holders_line(tmp_path, monkeypatch):
             assert f"pid {os.getpid()} " in line.read_text()
 
 
-def test_a_finished_cache_is_only_read(tmp_path, monkeypatch):
+def test_a_run_only_reads_a_finished_cache(tmp_path, monkeypatch):
     """It may lie on a disk that cannot be written to. Another is one process's at a time."""
     pictures = SimpleNamespace(epochs=SimpleNamespace(length=4), data=cached_data)
     family = SimpleNamespace(own_data="", name="sd35-medium", uses_null=False)
