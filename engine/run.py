@@ -61,9 +61,10 @@ def saved_settings(out: Path) -> dict | None:
         try:
             said = json.loads(place.read_bytes())
             said = said if place == path else said["config"]
-            if all(isinstance(said[name], int) for name in ("batch", "accumulate", "world")):
+            counts = (said["batch"], said.get("accumulate", 1), said.get("world", 1))
+            if all(isinstance(count, int) for count in counts):
                 return said
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     if path.exists() or found:
         raise Refusal(
@@ -124,8 +125,8 @@ def keep_samples(cfg: Config, out: Path) -> Config:
     saved, world = saved_settings(out), ranks.world()
     if saved is None:
         return cfg
-    each = saved["batch"] * saved["accumulate"]  # of a rank
-    total = each * saved["world"]
+    each = saved["batch"] * saved.get("accumulate", 1)  # of a rank
+    total = each * saved.get("world", world)
     if cfg.buckets and each != cfg.batch * cfg.accumulate:
         raise Refusal(
             f"{out} has batches of {each} a rank, which --buckets are made of; "
