@@ -92,6 +92,7 @@ class Unfinished:
         if saved["settings"] != self.settings:
             return 0
         self.draw.set_state(saved["draw"])
+        torch.set_rng_state(saved["torch"])
         for part, state in zip(self.parts, saved["parts"], strict=True):
             part.load_state_dict(state)
         print(f"{self.path}: continuing after {saved['done']} iterations", flush=True)
@@ -102,6 +103,7 @@ class Unfinished:
         if done % EVERY:
             return
         state = {"done": done, "settings": self.settings, "draw": self.draw.get_state()}
+        state["torch"] = torch.get_rng_state()  # the judge's dropout draws from it
         state["parts"] = [part.state_dict() for part in self.parts]
         with whole(self.path) as part:
             torch.save(state, part)
