@@ -311,7 +311,7 @@ def test_text_and_reference_both_condition_the_logits(disc, images):
     assert not torch.allclose(logits, disc(made, disc.condition(made, TEXT)))
 
 
-def test_two_hundred_steps_tell_real_digits_from_noisy_ones_and_lead_back():
+def test_sixty_steps_tell_real_digits_from_noisy_ones_and_lead_back():
     """Real scenes against the same with noise, on the embedded backbone. Held-out ones are told by
     the sign of their mean logit, over 95% right; then ten steps down the student's loss bring the
     features of noisy images nearer to those of the real ones. A sign wrong anywhere fails this."""
@@ -319,7 +319,7 @@ def test_two_hundred_steps_tell_real_digits_from_noisy_ones_and_lead_back():
     cfg, speaker, B = dataclasses.replace(DIGITS_VIT, hooks=(1,)), SceneText(), 8
     backbone = load_vit(cfg, ASSETS / "backbone.safetensors")
     disc = Discriminator(backbone, SceneText.pooled_width, lighter=16)
-    optimizer = torch.optim.AdamW(disc.heads.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(disc.heads.parameters(), lr=3e-3)
     weight = torch.ones(B)
 
     @torch.no_grad()
@@ -330,7 +330,7 @@ def test_two_hundred_steps_tell_real_digits_from_noisy_ones_and_lead_back():
         return noisy, disc.features(sample.images), disc.features(noisy), text
 
     training, held_out = DigitScenes(seed=0), DigitScenes(seed=5, handwriting="held-out")
-    for step in range(200):
+    for step in range(60):
         _, real, made, text = batch(training, step)
         disc.power_iteration()
         optimizer.zero_grad()
