@@ -46,6 +46,7 @@ from dataset.captions import read_prompts
 from dataset.sources import captions_of, open_data
 from digits.exam import Exam, aligned, format_table
 from engine import ranks
+from engine.build import check_base, trained_on
 from engine.drawing import (
     Sampling,
     Task,
@@ -95,7 +96,12 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     out = given.out or first.path.parent / "evaluation"
     try_folder(out)
     adapted = any(student.is_lora for student in students.values())
-    files = family.locate(given.weights, denoiser=not own_denoiser or adapted)
+    files = family.locate(given.weights, denoiser=not own_denoiser or adapted, base=given.base)
+    for remark in check_base(family, files, given.merge) if given.base or given.merge else ():
+        say(remark)
+    for student in students.values():
+        if student.is_lora and (remark := trained_on(student, files, given.merge)):
+            say(remark)
     scorers = {} if family.own_features else locate_scorers(given.weights)
     guidance = (preset.guidance if given.guidance is None else given.guidance) or None
     exam = family.exam(guidance) if given.prompts is None and family.examined else None
@@ -118,6 +124,7 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
         out=out,
         students=students,
         adapter_scale=given.adapter_scale,
+        merge=tuple(given.merge),
         t5_length=tokens,
     )
     return task, exam

@@ -35,7 +35,7 @@ from config import Refusal, legible
 from dataset.captions import read_prompts
 from engine import ranks
 from engine.batch import encode_all
-from engine.build import channels_last, check_base, check_compiler, identity, run_blocks
+from engine.build import channels_last, check_base, check_compiler, run_blocks, trained_on
 from engine.pictures import check_finite, save_png
 from engine.run import say
 from engine.start import check_denoiser, check_headers
@@ -120,16 +120,6 @@ def load(
     return net.requires_grad_(False).eval()
 
 
-def trained_on(given: argparse.Namespace, student: Student | None, files: Files) -> str:
-    """A remark where a student that is a LoRA was trained on other weights; "": on these."""
-    was = student.about.get("base") if student and "denoiser" in files else None
-    here = identity(student.family, files["denoiser"], given.merge) if was else None
-    if not was or was == here:
-        return ""
-    was = f"{student.path} was trained on other weights ({was}, here {here})"
-    return f"{was}; give them with --base and --merge"
-
-
 def prompts_of(given: argparse.Namespace) -> list[str]:
     if given.prompt is not None:
         return [given.prompt]
@@ -164,7 +154,7 @@ def main() -> None:
         check_denoiser(*((student.fitted, student.files) if whole else (family, files["denoiser"])))
         for remark in check_base(family, files, given.merge) if given.base or given.merge else ():
             say(remark)
-        if remark := trained_on(given, student, files):
+        if remark := trained_on(student, files, given.merge):
             say(remark)
         text = family.load_text(files, dtype, device)
         prompts = [prompt for prompt, _ in jobs] + [given.negative]

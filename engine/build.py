@@ -41,6 +41,7 @@ from schedule import Cond, Rng, anchor_at, generator, grid
 from teachers import Teacher, find
 from teachers.bases import not_read
 from teachers.merging import not_merged, parse_merge
+from teachers.students import Student
 
 
 @dataclass
@@ -175,6 +176,16 @@ def identity(family: Teacher, paths: list[Path], merge: Sequence[str]) -> str:
     prefix = family.layout(paths, family.load(1.0, paths, None, "meta"))["prefix"]
     added = sorted((digest(path), scale) for path, scale in map(parse_merge, merge))
     return "+".join([digest(paths, prefix), *(f"{name}:{scale:g}" for name, scale in added)])
+
+
+def trained_on(student: Student | None, files: Files, merge: Sequence[str]) -> str:
+    """A remark where a student that is a LoRA was trained on other weights; "": on these."""
+    was = student.about.get("base") if student and "denoiser" in files else None
+    here = identity(student.family, files["denoiser"], merge) if was else None
+    if not was or was == here:
+        return ""
+    was = f"{student.path} was trained on other weights ({was}, here {here})"
+    return f"{was}; give them with --base and --merge"
 
 
 # --- networks ------------------------------------------------------------------------------------

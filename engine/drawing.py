@@ -25,6 +25,7 @@ from nets.files import Files, fingerprint
 from nets.weights import DTYPES
 from schedule import Cond, draw_samples, generator, normal
 from teachers import Teacher
+from teachers.merging import parse_merge
 from teachers.students import Student, times_of
 
 
@@ -84,6 +85,8 @@ def alike(task: Task, s: Sampling) -> dict:
     found |= {"steps": s.steps, "sampler": s.sampler, "guidance": s.guidance, "taus": list(s.taus)}
     found |= {"dtype": task.dtype, "seed": task.seed}
     found |= {"adapter_scale": task.adapter_scale} if task.adapter_scale != 1 else {}
+    merged = [f"{fingerprint(path)}:{scale:g}" for path, scale in map(parse_merge, task.merge)]
+    found |= {"merge": sorted(merged)} if merged else {}
     return found | ({"t5_length": task.t5_length} if task.t5_length else {})
 
 
@@ -145,7 +148,8 @@ def load_net(task: Task, who: str, *how) -> nn.Module:
     """how: dtype and device."""
     family = task.family
     if who in task.students:
-        net = task.students[who].load(task.files.get("denoiser"), *how, scale=task.adapter_scale)
+        more = {"scale": task.adapter_scale, "merge": task.merge}
+        net = task.students[who].load(task.files.get("denoiser"), *how, **more)
     else:
         net = family.load(family.preset.shift, task.denoisers[who], *how, task.merge)
     return net.requires_grad_(False).eval()

@@ -231,6 +231,7 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, may=BATCH, help=batch)
     parser.add_argument("--weights", type=home, default="", help="folder of the official files")
     parser.add_argument("--dtype", may=DTYPE, help="default: bf16, the embedded task fp32")
+    add_base(parser)
     add_said(parser)
     add_t5_length(parser)
     add_adapter_scale(parser)

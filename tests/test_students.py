@@ -2,6 +2,7 @@
 table; and students in other programs, whose sampling rules are written out here."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import teachers
 from config import Refusal
 from engine.build import anchors
 from model import silence_guidance
-from nets.weights import save_weights
+from nets.weights import digest, save_weights
 from schedule import DDPM, Flow, draw_samples
 from teachers import find
 from teachers.elsewhere import comfyui, diffusers, explain, modelspec
@@ -214,6 +215,29 @@ def test_the_commands_draw_with_a_foreign_student_and_remember_it(command, tmp_p
     assert command(*asked)[0] == 0 and out.read_bytes() == first
     code, said, _ = command(sample, "--explain", path)
     assert code == 0 and "a student of digits, 2 steps at 1, 0.5, sampler euler" in said
+
+
+def test_a_lora_is_evaluated_on_the_base_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    """--base is the teacher's denoiser and what the LoRA stands on; another base is said to be."""
+    net, base = embedded(), tmp_path / "mine.safetensors"
+    save_weights(net, base, torch.float32, {})
+    about = SOUND | {"rank": "2", "guidance": "2.0", "base": digest(base)}
+    lora = saved(tmp_path / "student.safetensors", about)
+    flags = ["evaluate.py", "--student", str(lora), "--out", str(tmp_path / "out")]
+
+    def asked(*more):
+        monkeypatch.setattr(sys, "argv", [*flags, *more])
+        return evaluate.resolve_task(evaluate.evaluate_arguments(None))[0]
+
+    task = asked("--base", str(base))
+    assert task.denoisers == {"teacher": [base], "student": [lora, base]}
+    assert "other weights" not in capsys.readouterr().out
+    with torch.no_grad():
+        net.final_layer.linear.bias += 1
+    save_weights(net, base, torch.float32, {})
+    asked("--base", str(base))
+    said = capsys.readouterr()
+    assert "was trained on other weights" in said.out + said.err
 
 
 # --- several in one table ------------------------------------------------------------------------
