@@ -52,6 +52,16 @@ class GaussianVelocity(nn.Module):
         return (x_t - x0) / t.clamp_min(1e-6)
 
 
+# Files that take longest: they come first, so that no process ends with one of them alone.
+LONGEST = "full_size plane parallel plan bench hacking commands ablation compile evaluate faults"
+FIRST = [f"test_{name}" for name in LONGEST.split()]
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: k for k, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
+
+
 @pytest.fixture
 def rng():
     """rng("purpose", batch): the random sources of step 0."""

@@ -340,12 +340,12 @@ def assert_near(out: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, students[1][name], atol=1e-6, rtol=0)
 
 
-def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path):
+def test_killed_ten_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path):
     """SIGKILL after a random time, every other time as soon as a checkpoint is being written.
     Weights, Adam's state, every row of the log and the student's file are those of the undisturbed
     run."""
     printed, draw, in_save = tmp_path / "printed.txt", random.Random(0), 0
-    for kill in range(20):
+    for kill in range(10):
         for left_over in tmp_path.glob("checkpoints/*.part"):
             shutil.rmtree(left_over)  # so that the next one is a new one
         run = processes.launch(processes.command, 0, printed, [*LONG, "--out", tmp_path])
@@ -355,7 +355,7 @@ def test_killed_twenty_times_a_run_is_the_same_bit_for_bit(undisturbed, tmp_path
         run[0].kill()
         processes.join(run)
         in_save += any(tmp_path.glob("checkpoints/*.part"))
-    assert in_save >= 3, "some must be killed inside a save"
+    assert in_save >= 2, "some must be killed inside a save"
     processes.finish(processes.command, 0, printed, [*LONG, "--out", tmp_path])
     wanted = undisturbed(*LONG)
     assert (tmp_path / "log.csv").read_text() == (wanted / "log.csv").read_text()
