@@ -14,6 +14,7 @@ from schedule import DDPM, Flow, Rng
 torch.set_num_threads(1)  # the networks are tiny: threads only wait for each other
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """All tests: a process for every core, four at most, each of which takes a whole file at a
     time. Some of them: in this process, which starts sooner."""
