@@ -39,14 +39,28 @@ ADAPTERS = {"disc_channels": 256, "save_minutes": 0.0}  # rates as in full train
 SCHNELL = Config(teacher="flux-schnell", guidance=0.0)
 
 
-def double(stream: str, qkv: tuple[str, ...], out: str, mlp: str, mod: str) -> dict:
+QKV = ("to_q", "to_k", "to_v")
+ADDED = tuple(f"add_{x}_proj" for x in "qkv")
+
+
+def double_attention(stream: str) -> dict:
+    """Of a stream of the double blocks, "img" or "txt"; in FLUX.2 likewise."""
+    ours, theirs = f"double_blocks.*.{stream}_attn.", "transformer_blocks.*.attn."
+    qkv, out, norm = (QKV, "to_out.0", "norm_")
+    if stream == "txt":
+        qkv, out, norm = (ADDED, "to_add_out", "norm_added_")
+    return {
+        f"{ours}qkv": Other(tuple(f"{theirs}{name}" for name in qkv)),
+        f"{ours}proj": f"{theirs}{out}",
+        f"{ours}norm.query_norm": f"{theirs}{norm}q",
+        f"{ours}norm.key_norm": f"{theirs}{norm}k",
+    }
+
+
+def double(stream: str, mlp: str, mod: str) -> dict:
     """A stream of the double blocks."""
     ours, theirs = f"double_blocks.*.{stream}_", "transformer_blocks.*."
-    return {
-        f"{ours}attn.qkv": Other(tuple(f"{theirs}attn.{name}" for name in qkv)),
-        f"{ours}attn.proj": f"{theirs}attn.{out}",
-        f"{ours}attn.norm.query_norm": f"{theirs}attn.norm_{'added_' * (stream == 'txt')}q",
-        f"{ours}attn.norm.key_norm": f"{theirs}attn.norm_{'added_' * (stream == 'txt')}k",
+    return double_attention(stream) | {
         f"{ours}mlp.0": f"{theirs}{mlp}.net.0.proj",
         f"{ours}mlp.2": f"{theirs}{mlp}.net.2",
         f"{ours}mod.lin": f"{theirs}{mod}.linear",
@@ -54,8 +68,6 @@ def double(stream: str, qkv: tuple[str, ...], out: str, mlp: str, mod: str) -> d
 
 
 SINGLE, THEIRS = "single_blocks.*.", "single_transformer_blocks.*."
-QKV = ("to_q", "to_k", "to_v")
-ADDED = tuple(f"add_{x}_proj" for x in "qkv")
 DIFFUSERS = {  # names of modules; their norms' `scale` is `weight`
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -64,8 +76,8 @@ DIFFUSERS = {  # names of modules; their norms' `scale` is `weight`
         for ours, theirs in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
         for k, side in ((1, "in"), (2, "out"))
     },
-    **double("img", QKV, "to_out.0", "ff", "norm1"),
-    **double("txt", ADDED, "to_add_out", "ff_context", "norm1_context"),
+    **double("img", "ff", "norm1"),
+    **double("txt", "ff_context", "norm1_context"),
     f"{SINGLE}linear1": Other(
         tuple(f"{THEIRS}{name}" for name in (*(f"attn.{x}" for x in QKV), "proj_mlp")),
         shares=(1, 1, 1, 4),

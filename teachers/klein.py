@@ -13,6 +13,7 @@ from nets.files import Files, Part
 from nets.names import Other
 from teachers import Networks, Teacher
 from teachers.elsewhere import Elsewhere
+from teachers.flux import double_attention
 from teachers.sizes import scaled_heads
 
 TAPS = (9, 18, 27)  # layers of Qwen3 after which its states are read
@@ -61,22 +62,16 @@ def mean_shift(tokens: int, steps: int) -> float:
     return long + (short - long) * (200 - steps) / 190
 
 
-def stream(name: str, qkv: tuple[str, ...], out: str, norm: str, mlp: str) -> dict:
+def stream(name: str, mlp: str) -> dict:
     """A stream of the double blocks."""
-    ours, theirs = f"double_blocks.*.{name}_", "transformer_blocks.*."
-    return {
-        f"{ours}attn.qkv": Other(tuple(f"{theirs}attn.{x}" for x in qkv)),
-        f"{ours}attn.proj": f"{theirs}attn.{out}",
-        f"{ours}attn.norm.query_norm": f"{theirs}attn.{norm}q",
-        f"{ours}attn.norm.key_norm": f"{theirs}attn.{norm}k",
-        f"{ours}mlp.0": f"{theirs}{mlp}.linear_in",
-        f"{ours}mlp.2": f"{theirs}{mlp}.linear_out",
+    ours, theirs = f"double_blocks.*.{name}_mlp.", f"transformer_blocks.*.{mlp}."
+    return double_attention(name) | {
+        f"{ours}0": f"{theirs}linear_in",
+        f"{ours}2": f"{theirs}linear_out",
     }
 
 
 TIME, SINGLE = "time_guidance_embed.timestep_embedder", "single_transformer_blocks.*.attn"
-QKV = ("to_q", "to_k", "to_v")
-ADDED = tuple(f"add_{x}_proj" for x in "qkv")
 MODULATIONS = (
     "double_stream_modulation_img",
     "double_stream_modulation_txt",
@@ -88,8 +83,8 @@ DIFFUSERS = {  # names of modules
     "time_in.in_layer": f"{TIME}.linear_1",
     "time_in.out_layer": f"{TIME}.linear_2",
     **{f"{name}.lin": f"{name}.linear" for name in MODULATIONS},
-    **stream("img", QKV, "to_out.0", "norm_", "ff"),
-    **stream("txt", ADDED, "to_add_out", "norm_added_", "ff_context"),
+    **stream("img", "ff"),
+    **stream("txt", "ff_context"),
     "single_blocks.*.linear1": f"{SINGLE}.to_qkv_mlp_proj",
     "single_blocks.*.linear2": f"{SINGLE}.to_out",
     "single_blocks.*.norm.query_norm": f"{SINGLE}.norm_q",
