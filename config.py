@@ -21,7 +21,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from errno import (
     EACCES,
@@ -447,12 +447,17 @@ def check(cfg: Config) -> None:
         low, high = getattr(cfg, name)
         if low > high:
             raise Refusal(f"{flag(name)} is {low} {high}; the smaller number comes first")
-    if any(a <= b for a, b in itertools.pairwise(cfg.taus)):
-        raise Refusal(f"--taus is {shown(cfg.taus)}; anchors fall, each below the one before")
+    check_anchors("--taus", cfg.taus)
     if cfg.taus and len(cfg.taus) != cfg.student_steps:
         raise Refusal(
             f"--taus has {len(cfg.taus)} anchors, --student-steps is {cfg.student_steps}; give both"
         )
+
+
+def check_anchors(name: str, taus: Sequence[float]) -> None:
+    """ValueError for times that do not fall."""
+    if any(a <= b for a, b in itertools.pairwise(taus)):
+        raise Refusal(f"{name} is {shown(taus)}; anchors fall, each below the one before")
 
 
 def differences(old: dict, new: Config) -> list[str]:

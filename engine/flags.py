@@ -10,7 +10,6 @@ main, which tests call too.
 
 import argparse
 import dataclasses
-import itertools
 import os
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from config import (
     Range,
     Refusal,
     Text,
+    check_anchors,
     flag,
     home,
     near,
@@ -379,8 +379,7 @@ def add_said(parser: Parser) -> None:
 
 def check_said(given: argparse.Namespace) -> None:
     """ValueError for anchors that cannot be."""
-    if given.taus and any(a <= b for a, b in itertools.pairwise(given.taus)):
-        raise Refusal(f"--taus is {shown(given.taus)}; anchors fall, each below the one before")
+    check_anchors("--taus", given.taus or ())
 
 
 def add_size(parser: Parser, default: str) -> None:

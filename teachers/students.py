@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import AMOUNT, COUNT, POSITIVE, Choice, Range, Refusal
+from config import AMOUNT, COUNT, POSITIVE, Choice, Range, Refusal, check_anchors
 from teachers import FAMILIES, Teacher, find
 
 if TYPE_CHECKING:
@@ -282,8 +282,7 @@ def checked(about: About, where: str) -> About:
         if name not in about:
             raise Refusal(f"{where} does not say its {name}; it is no whole file of train.py's")
     taus = numbers("taus", (int, float), Range(above=0, high=1))
-    if any(a <= b for a, b in zip(taus, taus[1:], strict=False)):
-        raise Refusal(f"{where}: taus is {about['taus']}; anchors fall, each below the one before")
+    check_anchors(f"{where}: taus", taus)
     number("steps", int, COUNT)
     if int(about["steps"]) != len(taus):
         raise Refusal(f"{where}: steps is {about['steps']}, taus has {len(taus)} anchors")
