@@ -143,8 +143,8 @@ def captions_of(data, count: int) -> list[str]:
     return data(range(count)).captions
 
 
-def good_captions(data: Images) -> Iterator[str]:
-    for item in range(len(data.source)):
+def good_captions(data: Images, every: int = 1) -> Iterator[str]:
+    for item in range(0, len(data.source), every):
         with contextlib.suppress(*BAD):  # as in training, others take their place
             yield data.source.caption(item)
 
@@ -155,11 +155,7 @@ def some_captions(data: object, most: int = 1000) -> list[str]:
         return data.captions[:: -(-len(data.captions) // most)]
     if not isinstance(data, Images):
         return []
-    found = []
-    for item in range(0, len(data.source), -(-len(data.source) // most)):
-        with contextlib.suppress(*BAD):
-            found.append(data.source.caption(item))
-    return found
+    return [*good_captions(data, -(-len(data.source) // most))]
 
 
 def open_source(path: str) -> ImageFiles | Shards | Together:
