@@ -173,9 +173,18 @@ def base_of(cfg: Config, family: Teacher) -> str:
 
 def identity(family: Teacher, paths: list[Path], merge: Sequence[str]) -> str:
     """Of a denoiser's files and of what is merged into them: their digests."""
-    prefix = family.layout(paths, family.load(1.0, paths, None, "meta"))["prefix"]
+    return "+".join([digest(paths, prefix_of(family, paths)), *merged_of(merge)])
+
+
+def prefix_of(family: Teacher, paths: list[Path]) -> str:
+    """What precedes the denoiser's names in its files."""
+    return family.layout(paths, family.load(1.0, paths, None, "meta"))["prefix"]
+
+
+def merged_of(merge: Sequence[str]) -> list[str]:
+    """Of each LoRA its digest and scale."""
     added = sorted((digest(path), scale) for path, scale in map(parse_merge, merge))
-    return "+".join([digest(paths, prefix), *(f"{name}:{scale:g}" for name, scale in added)])
+    return [f"{name}:{scale:g}" for name, scale in added]
 
 
 def trained_on(student: Student | None, files: Files, merge: Sequence[str]) -> str:

@@ -18,9 +18,10 @@ from engine import ranks
 from engine.build import (
     Nets,
     check_optimizer,
-    identity,
     locate_files,
+    merged_of,
     open_inputs,
+    prefix_of,
     whole_net,
 )
 from engine.results import check_export, is_examined
@@ -93,20 +94,17 @@ def identities(cfg: Config, family: Teacher) -> dict[str, dict[str, str]]:
     def read() -> dict[str, dict[str, str]]:
         if ranks.rank() > 0:
             return {}
-        found = {name: same.identity(files[name], prefix_of(family, files, name)) for name in files}
-        whole = identity(family, files["denoiser"], cfg.merge)
-        merged = {"merged": whole.partition("+")[2]} if cfg.merge else {}
-        found["denoiser"] |= {"digest": whole, **merged}
+        found = {}
+        for name, paths in files.items():
+            prefix = part_prefix(name, paths, family.prefix(name))
+            prefix = prefix_of(family, paths) if name == "denoiser" else prefix
+            found[name] = same.identity(paths, prefix)
+        if cfg.merge:
+            merged, own = "+".join(merged_of(cfg.merge)), found["denoiser"]
+            own |= {"digest": f"{own['digest']}+{merged}", "merged": merged}
         return found
 
     return ranks.on_all_ranks(read)[0]
-
-
-def prefix_of(family: Teacher, files: Files, part: str) -> str:
-    """What precedes a part's names in its files."""
-    if part != "denoiser":
-        return part_prefix(part, files[part], family.prefix(part))
-    return family.layout(files[part], family.load(1.0, files[part], None, "meta"))["prefix"]
 
 
 def open_exam(cfg: Config, nets: Nets):

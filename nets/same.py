@@ -25,7 +25,7 @@ def identity(paths: Sequence[Path], prefix: str = "") -> dict[str, str]:
     prefix: see `digest`. Where a file is none of weights, its fingerprint alone. Seconds for 24 GB.
     """
     paths = files_of(paths)
-    if any(path.suffix != ".safetensors" for path in paths):
+    if any(path.suffix not in (".safetensors", ".sft") for path in paths):
         return {"digest": "+".join(map(fingerprint, paths))}
     forms, kinds = {}, []
     for path in paths:
