@@ -34,7 +34,7 @@ from tqdm import tqdm
 from config import Refusal, legible
 from dataset.captions import read_prompts
 from engine import ranks
-from engine.batch import encode_all
+from engine.batch import encode_all, stack_conds
 from engine.build import channels_last, check_base, check_compiler, run_blocks, trained_on
 from engine.pictures import check_finite, save_png
 from engine.run import say
@@ -93,10 +93,6 @@ def asked_student(given: argparse.Namespace) -> Student:
     )
     student.check_said(said)
     return student
-
-
-def stack(conds: list[Cond], device: torch.device) -> Cond:
-    return {name: torch.stack([cond[name] for cond in conds]).to(device) for name in conds[0]}
 
 
 def load(
@@ -191,9 +187,9 @@ def draw(
             part = jobs[start : start + given.batch]
             draws = [generator("sample", seed) for _, seed in part]
             eps = normal(torch.empty(len(part), *family.latent_shape(size), device=device), draws)
-            cond = stack([conds[prompt] for prompt, _ in part], device)
+            cond = stack_conds([conds[prompt] for prompt, _ in part], device)
             null = [conds[given.negative]] * len(part)
-            uncond = stack(null, device) if family.uses_null else None
+            uncond = stack_conds(null, device) if family.uses_null else None
             guided = (uncond, settings["guidance"] or None)
             images = vae.decode(draw_samples(net, eps, cond, *how, *guided, draws))
             check_finite(images, [f'"{prompt}", seed {seed},' for prompt, seed in part])

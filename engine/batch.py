@@ -32,7 +32,7 @@ from dataset.cache import (
 )
 from dataset.sources import some_captions
 from engine import ranks
-from nets.disk import hold
+from engine.run import take_folder
 from nets.layers import send
 from nets.text import count_cut
 from nets.weights import open_weights, write
@@ -127,7 +127,7 @@ def fill_cache(
         raise Refusal(f"--cache {cfg.cache}: {why} nothing to keep")
     if cfg.buckets:  # at the border of two, an image is cropped otherwise in every epoch
         raise Refusal(f"--cache {cfg.cache}: --buckets crops anew in every epoch; drop either")
-    folder, count, first = Path(cfg.cache), data.epochs.length, ranks.rank() == 0
+    folder, count = Path(cfg.cache), data.epochs.length
     about = {"teacher": family.name, "size": list(cfg.size), "t5": cfg.t5, "bf16": cfg.bf16}
     about |= {"reader": cfg.w_gan > 0, "seed": cfg.seed}  # the seed orders the shards
     about["t5_length"] = cfg.t5_length or None  # none: as of caches made before there was a choice
@@ -136,7 +136,7 @@ def fill_cache(
     if ranks.agree(complete(folder, count, family.uses_null), device):
         return Cache(folder)
     with ExitStack() as held:  # asked before any rank writes
-        ranks.on_all_ranks(lambda: first and held.enter_context(hold(folder, "--cache")) or None)
+        take_folder(folder, held, "--cache")
         write_missing(cfg, family, data, device, about)
     return Cache(folder)
 
@@ -186,6 +186,11 @@ def read_null(
 def uncropped(size: tuple[int, int]) -> tuple[int, ...]:
     """`sizes` of a whole image of this height and width, as a teacher's text takes them."""
     return (*size, 0, 0, *size)
+
+
+def stack_conds(conds: list[Cond], device: torch.device) -> Cond:
+    """Conds without a batch dimension as one of a batch."""
+    return {name: torch.stack([cond[name] for cond in conds]).to(device) for name in conds[0]}
 
 
 def encode_all(

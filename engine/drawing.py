@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.batch import encode_all
+from engine.batch import encode_all, stack_conds
 from engine.pictures import check_finite, save_png
 from measure.distances import from_uint8
 from nets.files import Files, fingerprint
@@ -167,13 +167,6 @@ def draw_images(
     bar: tqdm,
 ) -> None:
     """Images ks, into their files."""
-
-    def stack(captions: list[str]) -> Cond:
-        return {
-            name: torch.stack([conds[caption][name] for caption in captions]).to(device)
-            for name in conds[""]
-        }
-
     settings = settings_of(task, s)
     taus = s.taus or times_of(task.family, net.schedule, s.steps, task.size, s.who in task.students)
     for start in range(0, len(ks), task.batch):
@@ -182,8 +175,9 @@ def draw_images(
         draws = [generator("exam", task.seed, k) for k in part]
         shape = task.family.latent_shape(task.size)
         eps = normal(torch.empty(len(part), *shape, device=device), draws)
-        cond = stack([task.prompts[k // task.each] for k in part])
-        uncond = stack([""] * len(part)) if s.guidance and task.family.uses_null else None
+        cond = stack_conds([conds[task.prompts[k // task.each]] for k in part], device)
+        null = [conds[""]] * len(part)
+        uncond = stack_conds(null, device) if s.guidance and task.family.uses_null else None
         how = (list(taus), s.sampler, uncond, s.guidance)
         images = vae.decode(draw_samples(net, eps, cond, *how, draws))
         check_finite(images, [f'"{task.prompts[k // task.each]}" ({s.name}, {k})' for k in part])

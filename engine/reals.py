@@ -25,7 +25,8 @@ from dataset.sources import captions_of, open_data
 from engine import ranks
 from engine.build import base_of, locate_files
 from engine.drawing import Sampling, Task, alike, draw, missing_images
-from nets.disk import hold, write_text
+from engine.run import take_folder
+from nets.disk import write_text
 from teachers import Teacher
 
 STEPS = 50  # the teacher's, as in sample.py and evaluate.py
@@ -49,9 +50,7 @@ def make_reals(cfg: Config, family: Teacher, device: torch.device) -> Images:
     there = listed.is_file() and listed.read_text() == text
     if not ranks.agree(there, device):  # asked before any rank writes
         with ExitStack() as held:
-            ranks.on_all_ranks(
-                lambda: first and held.enter_context(hold(folder, "--reals")) or None
-            )
+            take_folder(folder, held, "--reals")
             if first:
                 write_purpose(folder, about)
                 listed.unlink(missing_ok=True)

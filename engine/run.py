@@ -37,12 +37,12 @@ def say(line: str) -> None:
 # --- the folder ----------------------------------------------------------------------------------
 
 
-def take_folder(out: Path, held: ExitStack) -> None:
+def take_folder(folder: Path, held: ExitStack, flag: str = "--out") -> None:
     """Made if need be; no other run writes there until `held` is closed. OSError, on all ranks."""
 
     def take() -> None:
         if ranks.rank() == 0:
-            held.enter_context(disk.hold(out))
+            held.enter_context(disk.hold(folder, flag))
 
     ranks.on_all_ranks(take)
 

@@ -252,7 +252,7 @@ def test_a_run_only_reads_a_finished_cache(tmp_path, monkeypatch):
     write_cache(tmp_path, cached_data, 4, 4, compute)
     before = everything(tmp_path)
     monkeypatch.setattr("nets.disk.whole", None)
-    monkeypatch.setattr("engine.batch.hold", None)  # whoever writes fails
+    monkeypatch.setattr("engine.batch.take_folder", None)  # whoever writes fails
     cache = fill_cache(cfg, family, pictures, torch.device("cpu"))
     assert len(cache.places) == 4 and everything(tmp_path) == before
 
