@@ -138,7 +138,8 @@ def on_all_ranks(action: Callable) -> list:
     every = [(value, problem, number, refused)] * world()
     if world() > 1:
         dist.all_gather_object(every, every[0])
-    for _, problem, number, refused in every:
+    # Where torch says of a rank that another failed, it does not say why: a number comes first.
+    for _, problem, number, refused in sorted(every, key=lambda told: told[2] is None):
         if problem:
             failed = Refusal(problem) if refused else OSError(problem)
             failed.errno = number

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from own import make_own
 from torch import nn
 
 import teachers
@@ -87,6 +88,14 @@ def cond():
 @pytest.fixture
 def uncond():
     return {"c": torch.zeros(3, 1)}
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """A folder with mine.py, the small teacher of docs/own_teacher.md, its weights and pictures."""
+    folder = tmp_path_factory.mktemp("own")
+    make_own(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

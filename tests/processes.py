@@ -23,7 +23,7 @@ from engine import ranks
 PLACES = (Path(__file__).parent, Path(__file__).parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, PLACES))  # of the process that forks
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["processes"])
+FORKS.set_forkserver_preload(["processes", "matplotlib.pyplot"])
 
 
 def launch(function: Callable, world: int, printed: Path, *given) -> list[BaseProcess]:

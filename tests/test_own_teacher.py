@@ -2,16 +2,15 @@
 
 import json
 import re
-import runpy
 import shutil
 import sys
 import traceback
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import refused
+from own import MINE, PAGE, make_own
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,8 +21,6 @@ import train
 from engine import bench
 from teachers import find
 
-PAGE = Path(__file__).parent.parent / "docs" / "own_teacher.md"
-MINE, MAKE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
 OTHER = """
 from dataclasses import dataclass
 
@@ -82,28 +79,15 @@ class Other(Mine):
 
 TEACHER = Other("other", PRESET)
 """
-WORDS = ("red", "green", "blue")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """mine.py, its weights, made as the page says, and pictures."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "mine.py").write_text(MINE)
-    (folder / "make.py").write_text(MAKE)
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    for k in range(6):
-        image = np.full((40 + k, 48 - k, 3), 30, dtype=np.uint8)
-        image[8 + k : 28, 10:30, k % 3] = 255
-        Image.fromarray(image).save(pictures / f"{k}.png")
-        (pictures / f"{k}.txt").write_text(f"a {WORDS[k % 3]} square {k}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make.py", str(pictures), "3"])
-        patch.syspath_prepend(folder)
-        runpy.run_path(str(folder / "make.py"), run_name="__main__")
+    make_own(folder)
     yield folder
-    sys.modules.pop("mine")
+    sys.modules.pop("mine", None)
 
 
 def flags_for(place, out, *more, file="mine.py"):
