@@ -101,10 +101,21 @@ class Kernels:
     def __init__(self):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.known: dict[object, tuple] = {}  # call -> (whether many, form of each result, FLOPs)
+        self.stencils: dict[torch.device, dict] = {}
 
     def make(self, shape, stride, dtype: torch.dtype, device: torch.device = CPU) -> FakeTensor:
-        x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return FakeTensor(self.fake, x, device)
+        return self.stand_in(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+    def stand_in(self, x: Tensor, device: torch.device) -> FakeTensor:
+        """As torch makes it of a tensor of the meta device, whose constructor takes longer than all
+        the rest of a call."""
+        if device not in self.stencils:
+            self.stencils[device] = vars(FakeTensor(self.fake, x, device))
+        made = Tensor._make_subclass(
+            FakeTensor, x, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        vars(made).update(self.stencils[device])
+        return made
 
     def run(self, func, flat: list[Tensor], args, kwargs) -> tuple[object, int | None]:
         """flat: all tensors of args and kwargs. Returns the result and its FLOPs, None of a view.
@@ -117,8 +128,8 @@ class Kernels:
                 seen = func(*args, **kwargs)
             device = args[0].fake_device
             if isinstance(seen, (list, tuple)):
-                return [FakeTensor(self.fake, x, device) for x in seen], None
-            return FakeTensor(self.fake, seen, device), None
+                return [self.stand_in(x, device) for x in seen], None
+            return self.stand_in(seen, device), None
         if kind not in ("new", "in place"):
             return self.fake.dispatch(func, (), args, kwargs), 0
         key = func, form(args), form(kwargs)

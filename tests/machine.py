@@ -227,6 +227,10 @@ ATTENTION = {
 class Machine(TorchDispatchMode):
     """As a context: everything inside runs on it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
     def __init__(self):
         super().__init__()
         self.compute = Kernels()
