@@ -143,8 +143,9 @@ def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None
         reader = csv.DictReader(file)
         rows, shown = list(reader), panels(reader.fieldnames, exams)
     lines = max(1, math.ceil(len(shown) / 4))
-    size = {"figsize": (16, 3.25 * lines), "squeeze": False}
-    figure, axes = plt.subplots(lines, 4, **size, constrained_layout=True)
+    figure, axes = plt.subplots(lines, 4, figsize=(16, 3.25 * lines), squeeze=False)
+    inch = 1 / (3.25 * lines)
+    figure.subplots_adjust(0.04, 0.55 * inch, 0.99, 1 - 0.35 * inch, wspace=0.2, hspace=0.4)
     for axis, names in zip(axes.flat, shown, strict=False):
         for name in names.split():
             examined = exams and name in exams[0]
