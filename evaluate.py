@@ -19,9 +19,9 @@ Of the images alone: the Vendi score, the mean distance (1 - cosine) between ima
 CLIP score (ViT-L/14), and the pixels' brightness and saturation. "±" is half of a
 95 % interval, by bootstrap over prompts. FD depends on the number of images: compare equal numbers.
 With --inception also FID-T and patch FID-T, which takes the package torch-fidelity; with --clip-g,
---clip-h, --pickscore or --hpsv2 what those networks make of image and prompt. The embedded task's
-own prompts add the exam: are named attributes right, how varied are the open ones. Writes
-metrics.json and samples.png too.
+--clip-h, --pickscore, --hpsv2 or --imagereward what those networks make of image and prompt. The
+embedded task's own prompts add the exam: are named attributes right, how varied are the open ones.
+Writes metrics.json and samples.png too.
 """
 
 from engine.flags import denoiser_file, evaluate_arguments
@@ -66,9 +66,11 @@ from measure.scorers import (
     check_scorers,
     embed_captions,
     feature_nets,
+    judges,
     load_inception,
     locate_scorers,
     measure,
+    unrepaired,
 )
 from nets.disk import hold, try_folder, write_text
 from nets.weights import DTYPES
@@ -102,7 +104,8 @@ def resolve_task(given: argparse.Namespace) -> tuple[Task, Exam | None]:
     for student in students.values():
         if student.is_lora and (remark := trained_on(student, files, given.merge)):
             say(remark)
-    scorers = {} if family.own_features else locate_scorers(given.weights)
+    judged = given.imagereward is not None
+    scorers = {} if family.own_features else locate_scorers(given.weights, judged)
     guidance = (preset.guidance if given.guidance is None else given.guidance) or None
     exam = family.exam(guidance) if given.prompts is None and family.examined else None
     prompts, each = ask(given, family, size, exam)
@@ -177,6 +180,8 @@ def prepare(
         title = next(iter(asked))
         raise Refusal(f"{title} reads 224 x 224 pixels; {task.family.own_features}")
     scorers = {} if task.family.own_features else check_scorers(task.scorers, asked)
+    if remark := unrepaired(scorers, task.prompts):
+        say(remark)
     held.enter_context(hold(task.out))
     if exam:
         ask_teacher(task, exam, device)
@@ -252,15 +257,24 @@ def ask_teacher(task: Task, exam: Exam, device: torch.device) -> None:
 
 @torch.no_grad()
 def features_of(
-    task: Task, s: Sampling, nets: dict[str, Callable], device: torch.device, bar: tqdm
+    task: Task,
+    s: Sampling,
+    nets: dict[str, Callable],
+    asking: dict[str, Callable],
+    device: torch.device,
+    bar: tqdm,
 ) -> Features:
-    parts = {title: [] for title in nets}
+    """nets: of images; asking: of images and their prompts."""
+    parts = {title: [] for title in (*nets, *asking)}
     batch = task.family.measured_at_once
     for start in range(0, task.count, batch):
         ks = range(start, min(start + batch, task.count))
         images = (read_images(task, s, ks).to(device) + 1) / 2
         for title, net in nets.items():
             parts[title].append(net(images).float())
+        asked = [task.prompts[k // task.each] for k in ks]
+        for title, net in asking.items():
+            parts[title].append(net(images, asked).float())
         bar.update(len(ks))
     return {title: torch.cat(part).unflatten(0, (-1, task.each)) for title, part in parts.items()}
 
@@ -268,6 +282,7 @@ def features_of(
 FORMS = {"precision": ".3f", "recall": ".3f", "distance": ".4f"}
 FORMS |= dict.fromkeys(PIXELS, ".3f")
 FORMS |= dict.fromkeys(("CLIP", "CLIP-g", "CLIP-H", "HPSv2"), ".4f")
+FORMS["ImageReward"] = ".3f"
 
 
 def measures_table(rows: list[dict]) -> str:
@@ -293,9 +308,9 @@ def measure_all(
     """A row for each way to draw; the first is what the others are held against."""
     captions = embed_captions(task.scorers, scorers, task.prompts, device)
     nets = feature_nets(task.scorers, scorers, inception, device, task.family.features(device))
-    rows, reference = [], None
+    asking, rows, reference = judges(task.scorers, scorers, device), [], None
     with tqdm(total=len(task.samplings) * task.count, desc="features") as bar:
-        every = [features_of(task, s, nets, device, bar) for s in task.samplings]
+        every = [features_of(task, s, nets, asking, device, bar) for s in task.samplings]
     for s, made in zip(tqdm(task.samplings, desc="measures"), every, strict=True):
         values = measure(made, reference, captions, resamples)
         rows.append({"name": s.name, "nfe": s.nfe} | values)

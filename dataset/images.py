@@ -107,9 +107,9 @@ class Images:
             passed = self.source.faults if first else {}
             parts = {"passed over": passed, "bad data": self._why(news)}
             told = [f"{title}: {named(found)}" for title, found in parts.items() if found]
-            if not told:
-                return ""
-            return f"{'; '.join(told)}; {len(self.bad_items)} of {len(self.seen)} samples are bad"
+            if told and self.seen:
+                told.append(f"{len(self.bad_items)} of {len(self.seen)} samples are bad")
+            return "; ".join(told)
 
     def _order(self, draw: torch.Generator) -> Tensor:
         order = self.source.order(draw)

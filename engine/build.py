@@ -139,7 +139,8 @@ def open_inputs(cfg: Config, family: Teacher):
         raise Refusal("; and ".join(map(str, problems)))
     if problems:
         raise problems[0]
-    for remark in remarks:
+    # What the data has to say before a sample is read is the same on all ranks.
+    for remark in filter(None, (*remarks, data.remark())):
         say(remark)
     return data
 

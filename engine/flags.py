@@ -241,6 +241,7 @@ def evaluate_arguments(about: str | None) -> argparse.Namespace:
         ("CLIP-H", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
         ("PickScore", "yuvalkirstain/PickScore_v1", "model.safetensors"),
         ("HPSv2", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+        ("ImageReward", "THUDM/ImageReward", "ImageReward.pt"),
     ):
         weights = f"its weights, adds {title}; {file} of {repo}"
         parser.add_argument(f"--{title.lower()}", type=place, metavar="FILE", help=weights)

@@ -241,22 +241,23 @@ def by_part(bench: Bench, iterations: int, work: dict[str, float]) -> dict[str, 
 
 
 def kinds(cfg: Config) -> dict[tuple[bool, bool], tuple[float, int, Config]]:
-    """Per (student's turn, judged): its probability, and a step and configuration that are so."""
+    """Per (student's turn, judged): its probability, and a step and configuration that are so.
+
+    The student draws once before it, where that kind of turn ever draws: backward simulation does
+    so (K - 1) / 4 times on average.
+    """
     with torch.device("meta"):
         schedule = find(cfg.teacher).build(cfg.shift).schedule
     taus, found = train.anchors(cfg, schedule), {}
     for p, turn in calls.turns(cfg):
-        kind = turn.learn, turn.judged
-        share = found[kind][0] if kind in found else 0.0
-        for step in range(1, 1000):
-            shared = Rng(cfg.seed, step, "input", ()).shared
-            i = int(torch.randint(len(taus), (), generator=shared))
-            if bool(schedule.alpha(torch.tensor(taus[i])) > 0) == turn.judged:
-                break
-        how = replace(cfg, ttur=1 if turn.learn else 10**6)
-        if share + p:
-            found[kind] = share + p, step, how
-    return found
+        share, most = found.get((turn.learn, turn.judged), (0.0, 0))
+        found[turn.learn, turn.judged] = share + p, max(most, turn.drawn)
+    made = {}
+    for kind, (p, most) in found.items():
+        how = replace(cfg, ttur=1 if kind[0] else 10**6)
+        if p:
+            made[kind] = p, plan.find_step(how, taus, kind[0], min(1, most)), how
+    return made
 
 
 ORDERS = {"ours": our_step, "released": released_step}

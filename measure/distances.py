@@ -75,11 +75,13 @@ def kernel_distance(real: Tensor, made: Tensor) -> float:
 
 
 def recall(real: Tensor, made: Tensor, k: int = 3) -> float:
-    """The share of real features (N, D) within reach of a made one (M, D).
+    """The share of real features (N, D) within reach of a made one (M, D), in fp64.
 
-    Reach: the made feature's distance to its k-th neighbour among the made.
+    Reach: the made feature's distance to its k-th neighbour among the made. (Distances come from
+    products, |x|^2 - 2 x y + |y|^2: in fp32 neighbours far from the origin would be lost in them.)
     """
     assert len(made) > k, f"the {k}-th neighbour among {len(made)} does not exist"
+    real, made = real.double(), made.double()
     radius = torch.cdist(made, made).kthvalue(k + 1, dim=1).values  # the first is the point itself
     return (torch.cdist(real, made) <= radius).any(dim=1).float().mean().item()
 
@@ -156,19 +158,27 @@ def bootstrap(
 # --- images --------------------------------------------------------------------------------------
 
 
-def resize(image: Tensor, side: int) -> Tensor:
-    """image (B, 3, H, W) in [0, 1] -> (B, 3, side, side): short side scaled, middle kept."""
+def resize(image: Tensor, side: int, half: Callable[[float], int] = round) -> Tensor:
+    """image (B, 3, H, W) in [0, 1] -> (B, 3, side, side): short side scaled, middle kept.
+
+    Of the long side's pixels a fraction is dropped, as torchvision and transformers do. half: where
+    the middle begins if it is between two pixels: torchvision's crop rounds to the even one,
+    transformers' (math.floor) to the first.
+    """
     height, width = image.shape[2:]
-    scale = side / min(height, width)
-    size = (max(side, round(scale * height)), max(side, round(scale * width)))
+    short = min(height, width)
+    size = (side * height // short, side * width // short)
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True)
-    return middle(image, side, side).clamp(0, 1)  # bicubic overshoots
+    return middle(image, side, side, half).clamp(0, 1)  # bicubic overshoots
 
 
 def fit(image: Tensor, side: int) -> Tensor:
-    """image (B, 3, H, W) in [0, 1] -> (B, 3, side, side): long side scaled, black beside it."""
+    """image (B, 3, H, W) in [0, 1] -> (B, 3, side, side): long side scaled, black beside it.
+
+    What bicubic overshoots is kept, as HPSv2's code does, which scales tensors and not pictures.
+    """
     height, width = (round(side * size / max(image.shape[2:])) for size in image.shape[2:])
-    image = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    image = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
     left, top = (side - width) // 2, (side - height) // 2
     return F.pad(image, (left, side - width - left, top, side - height - top))
 
@@ -182,8 +192,10 @@ def patch(image: Tensor, side: int = 299, unit: int = 1) -> Tensor:
     return middle(image, height, width)
 
 
-def middle(image: Tensor, height: int, width: int) -> Tensor:
-    top, left = (image.shape[2] - height) // 2, (image.shape[3] - width) // 2
+def middle(
+    image: Tensor, height: int, width: int, half: Callable[[float], int] = math.floor
+) -> Tensor:
+    top, left = half((image.shape[2] - height) / 2), half((image.shape[3] - width) / 2)
     return image[:, :, top : top + height, left : left + width]
 
 

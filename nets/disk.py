@@ -139,10 +139,13 @@ def try_folder(folder: Path, flag: str = "--out") -> None:
             file.write(bytes(2**16))
             os.fsync(file.fileno())
     except OSError as error:
-        why = f"{error.strerror}: {place}" if error.strerror else str(error)
-        raise Refusal(
-            f"{flag} {folder} cannot be written to ({why}){full(error)}; choose another"
-        ) from None
+        raise closed(folder, flag, error, place) from None
+
+
+def closed(folder: Path, flag: str, error: OSError, place: Path) -> Refusal:
+    """What to say of a folder that cannot be written to. place: where that was tried."""
+    why = f"{error.strerror}: {place}" if error.strerror else str(error)
+    return Refusal(f"{flag} {folder} cannot be written to ({why}){full(error)}; choose another")
 
 
 @contextmanager
@@ -158,10 +161,7 @@ def hold(folder: Path, flag: str = "--out") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = lock(path, f"{flag} {folder}")
     except OSError as error:
-        why = error.strerror or error
-        raise Refusal(
-            f"{flag} {folder} cannot be written to ({why}){full(error)}; choose another"
-        ) from None
+        raise closed(folder, flag, error, folder) from None
     try:
         sweep(folder)
         yield

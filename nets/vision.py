@@ -1,6 +1,7 @@
 """Networks that look at images.
 
-ViT         DINOv2's vision transformer (timm names), the frozen backbone of the discriminator
+ViT         DINOv2's vision transformer (timm names), the frozen backbone of the discriminator;
+            ImageReward's is one too (nets/blip.py)
 CLIPVision  CLIP's tower that reads images: OpenAI's ViT-L/14, open_clip's ViT-H/14 and ViT-g/14
 CLIPText    the one that reads captions; L/14's is what the discriminator is told of them
 
@@ -62,6 +63,9 @@ class ViTConfig:
     hooks: tuple[int, ...]  # blocks whose output the discriminator reads
     positions: str = "senseflow"  # how that table is stretched: one of POSITIONS
     recompute: bool = False  # a backward pass runs the blocks again; only their inputs are kept
+    scaled: bool = True  # with LayerScale: DINOv2's; BLIP has none
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the pixels that it was trained on
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 DINOV2_LARGE = ViTConfig(
@@ -127,11 +131,12 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = ViTAttention(width, heads), ViTMLP(width)
-        self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
+        self.norm1, self.norm2 = (nn.LayerNorm(cfg.width, eps=1e-6) for _ in range(2))
+        self.attn, self.mlp = ViTAttention(cfg.width, cfg.heads), ViTMLP(cfg.width)
+        scale = LayerScale if cfg.scaled else nn.Identity
+        self.ls1, self.ls2 = scale(cfg.width), scale(cfg.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -139,7 +144,7 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINOv2. Any resolution; pixels past the last whole patch are not seen."""
+    """DINOv2, or BLIP's. Any resolution; pixels past the last whole patch are not seen."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -147,7 +152,7 @@ class ViT(nn.Module):
         self.patch_embed = ViTPatchEmbed(cfg.patch, cfg.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.grid**2, cfg.width))
-        self.blocks = nn.ModuleList(ViTBlock(cfg.width, cfg.heads) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     @property
@@ -171,7 +176,7 @@ class ViT(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [0, 1] -> class token and patches (B, 1 + rows columns, D)."""
         # Pixels in the dtype of the weights, which may be bf16.
-        pixels = standardise(image, IMAGENET_MEAN, IMAGENET_STD).to(self.cls_token.dtype)
+        pixels = standardise(image, self.cfg.mean, self.cfg.std).to(self.cls_token.dtype)
         patches = self.patch_embed(pixels)
         positions = self.positions(*patches.shape[-2:]).to(patches.dtype)
         tokens = torch.cat(

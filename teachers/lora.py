@@ -26,7 +26,7 @@ from config import LORA_FORMATS, Refusal
 from nets.names import renamed
 from nets.weights import assign, open_weights
 from teachers import Teacher
-from teachers.merging import ALPHA, read_adapters, swap
+from teachers.merging import ALPHA, ENDS, read_adapters, swap
 
 FORMATS = {  # what precedes a layer's name, and what follows for A and for B
     "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
@@ -80,7 +80,7 @@ def read_lora(path: Path, family: Teacher, net: nn.Module) -> Pairs:
 
 def rank_of(path: Path) -> int:
     """Of the first adapter in a file; 0: it holds none."""
-    ends = tuple(end for _, end, _ in FORMATS.values())
+    ends = tuple(end for end, part in ENDS.items() if part == "A")
     with open_weights(path) as file:
         first = next((name for name in file.keys() if name.endswith(ends)), None)  # noqa: SIM118
         return file.get_slice(first).get_shape()[0] if first else 0

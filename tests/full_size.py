@@ -40,7 +40,7 @@ from small import in_hf_names, shallow, write_qwen3_tokenizer, write_tokenizer
 import teachers
 import train
 from config import Config
-from engine import build, checkpoint, ranks, results
+from engine import build, checkpoint, plan, ranks, results
 from nets.clip import CLIP, to_open_clip
 from nets.files import SHARED
 from nets.qwen3 import Qwen3
@@ -48,7 +48,6 @@ from nets.text import T5
 from nets.vae import VAE
 from nets.vision import CLIP_VIT_LARGE, CLIPVision, ViT
 from nets.weights import NAMES
-from schedule import Rng
 from teachers import Teacher, find
 
 # --- files ---------------------------------------------------------------------------------------
@@ -133,13 +132,8 @@ def turn_steps(cfg: Config, nets: build.Nets, turns: Sequence[str]) -> list[tupl
     schedule, found = nets.student.schedule, []
     taus = train.anchors(cfg, schedule)
     for turn in turns:
-        learn, i = turn != "other", int(turn != "noise")
-        for step in range(10_000):
-            rng = Rng(cfg.seed, step, "input", train.ids_of(cfg, step))
-            drawn = int(torch.randint(len(taus), (), generator=rng.shared))
-            backward = bool(torch.rand((), generator=rng.shared) < cfg.p_backward)
-            if (step % cfg.ttur == 0) == learn and drawn == i and (backward or i == 0):
-                break
+        i = int(turn != "noise")
+        step = plan.find_step(cfg, taus, turn != "other", i)
         alpha = schedule.alpha(torch.tensor(taus[i], device="cpu"))
         found.append((step, cfg.w_gan > 0 and float(alpha) > 0))
     return found

@@ -13,7 +13,8 @@ from small import SMALL
 
 import teachers
 import train
-from engine import bench, build, check, plan, timing
+from engine import bench, build, calls, check, plan, timing
+from schedule import Rng
 from teachers import FOUND, configure, find
 
 CPU = torch.device("cpu")
@@ -43,6 +44,24 @@ def planned_once():
 def trained(made):
     nets = made.nets
     return [x.detach().clone() for net in (nets.student, nets.fake) for x in net.parameters()]
+
+
+@pytest.mark.parametrize("teacher", ["flux-dev", "sdxl", "sd15"])
+def test_a_turn_that_is_timed_draws_as_its_kind_does_on_average(teacher):
+    """In backward simulation, to half a call; a flow's turn from pure noise never draws. sd15 has
+    no discriminator here: one kind for all anchors."""
+    cfg = configure(teacher)
+    with torch.device("meta"):
+        schedule = find(teacher).build(cfg.shift).schedule
+    taus, every = train.anchors(cfg, schedule), calls.turns(cfg)
+    for (learn, judged), (p, step, how) in timing.kinds(cfg).items():
+        alike = [(q, t.drawn) for q, t in every if (t.learn, t.judged) == (learn, judged)]
+        assert p == pytest.approx(sum(q for q, _ in alike))
+        shared = Rng(cfg.seed, step, "input", ()).shared
+        i = int(torch.randint(len(taus), (), generator=shared))
+        backward = bool(torch.rand((), generator=shared) < cfg.p_backward)
+        mean = sum(q * drawn for q, drawn in alike) / p
+        assert abs((i if backward else 0) - mean) < 0.5 and (step % how.ttur == 0) == learn
 
 
 @pytest.mark.parametrize("kind", [(True, True), (False, True), (False, False)])

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from small import SEER, SMALL, embedded, make_official
+from test_blip import SMALL as JUDGE
+from test_blip import write_vocabulary
 from torch import nn
 
 import evaluate
@@ -24,6 +26,7 @@ import teachers
 from measure import scorers as measures_by
 from measure.distances import fit, resize
 from model import Flux
+from nets.blip import ImageReward, bert_tokenizer, load_image_reward
 from nets.clip import CLIP, TEXT_TOWER, VISION_TOWER, to_open_clip
 from nets.text import T5
 from nets.vision import CLIPVision, load_clip_text, load_clip_vision
@@ -64,6 +67,7 @@ def tiny(monkeypatch):
         vision = replace(SEER, hidden=20) if wide else SEER
         small = replace(scorer, vision=vision, text=TINY.sizes.reader)
         monkeypatch.setitem(measures_by.SCORERS, title, small)
+    monkeypatch.setitem(measures_by.JUDGES, "ImageReward", JUDGE)
 
 
 def make_student(folder, net, teacher="flux-dev", steps=2, taus=(1.0, 0.5), size=(16, 32)):
@@ -119,6 +123,15 @@ def clip_score_of(folder, weights, file=CLIP_FILE, view=resize):
         seen, asked = images(view(picture[None] / 255, 16)), captions.embedding([PROMPTS[k // 4]])
         scores.append((seen * asked).sum().item())
     return sum(scores) / 24
+
+
+def reward_of(folder, weights):
+    words = weights / "bert-base-uncased" / "vocab.txt"
+    net = load_image_reward(weights / "ir.pt.safetensors", words, cfg=JUDGE)
+    pictures = [Image.open(folder / f"{k:06d}.png") for k in range(24)]
+    pictures = [torch.tensor(np.array(picture)).movedim(-1, 0)[None] / 255 for picture in pictures]
+    scores = [net.score(resize(x, 12), [PROMPTS[k // 4]]) for k, x in enumerate(pictures)]
+    return torch.cat(scores).mean().item()
 
 
 # --- any teacher ---------------------------------------------------------------------------------
@@ -271,15 +284,21 @@ def scorers(weights):
     theirs = to_open_clip(vision.state_dict(), 1, VISION_TOWER)
     theirs |= to_open_clip(text.state_dict(), 2, TEXT_TOWER)
     torch.save({"epoch": 3, "state_dict": theirs}, weights / "hps.pt")
+    (weights / "bert-base-uncased").mkdir()
+    words = write_vocabulary(weights / "bert-base-uncased" / "vocab.txt")
+    torch.save(
+        random(ImageReward(JUDGE, bert_tokenizer(words)), 23).state_dict(), weights / "ir.pt"
+    )
     return ("--pickscore", weights / "pick.safetensors", "--hpsv2", weights / "hps.pt")
 
 
 @pytest.mark.filterwarnings("ignore:.*do not span")
 def test_preferences_are_scored_where_their_files_are_given(run, flags, scorers, student, weights):
     """PickScore is the cosine times the file's scale; HPSv2 sees the whole image, black beside it;
-    a file of torch.save's is copied into safetensors, once."""
+    ImageReward reads each image with its own prompt; a file of torch.save's is copied into
+    safetensors, once."""
     flags = [*flags, *scorers, "--clip-h", weights / "h.safetensors"]
-    code, out, err = run(*flags)
+    code, out, err = run(*flags, "--imagereward", weights / "ir.pt")
     assert code == 0, err
     folder = student.parent / "evaluation"
     rows = json.loads((folder / "metrics.json").read_text())["measures"]
@@ -288,6 +307,7 @@ def test_preferences_are_scored_where_their_files_are_given(run, flags, scorers,
         "PickScore": 50 * clip_score_of(made, weights, "pick.safetensors"),
         "HPSv2": clip_score_of(made, weights, "hps.pt.safetensors", fit),
         "CLIP-H": clip_score_of(made, weights, "pick.safetensors"),  # the same towers
+        "ImageReward": reward_of(made, weights),
     }
     for title, wanted in scores.items():
         assert rows[3][title][0] == pytest.approx(wanted, abs=2e-5) and rows[3][title][1] > 0
@@ -322,6 +342,7 @@ def test_scorers_files_are_looked_into_before_images_are_drawn(run, flags, score
         ("--hpsv2", listed, "list.pt is damaged, or no dict of tensors"),
         ("--clip-h", empty, "empty.bin is damaged, or no dict of tensors"),
         ("--pickscore", scorers[3], "hps.pt.safetensors lacks logit_scale"),
+        ("--imagereward", scorers[1], "pick.safetensors holds another network"),
     ):
         code, _, err = run(*flags, option, path)
         assert code == 2 and err.count("\n") == 1 and named in err, err

@@ -184,8 +184,11 @@ def test_an_output_place_is_tried_and_left_as_it_was(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for wrong in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / "link", Path("/proc/x")):
-        with pytest.raises(Refusal, match=f"--out {wrong} cannot be written to"):
+        said = rf"--out {wrong} cannot be written to \(.*: .*{wrong.parts[1]}.*\); choose another"
+        with pytest.raises(Refusal, match=said):
             disk.try_folder(wrong)
+        with pytest.raises(Refusal, match=said), disk.hold(wrong):
+            pass
 
 
 def test_sample_tries_its_place_before_it_loads(command, student, tmp_path, monkeypatch):  # noqa: F811

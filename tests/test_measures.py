@@ -159,6 +159,17 @@ def test_reach_is_the_distance_to_the_kth_neighbour_among_the_made():
         recall(real, made, k=4)
 
 
+def test_neighbours_far_from_the_origin_are_told_apart():
+    """Clouds of deviation 1 a thousand away, which fp32 holds to 6e-5. There squared distances, by
+    products of numbers of a million each, would be off by their own size."""
+    real, made = draws(60, 4) + 1000, draws(50, 4, seed=1) + 1000.5
+    for share in (recall, precision):
+        assert share(real, made) == share(real - 1000, made - 1000)
+    apart = (real[:, None] - made).double().norm(dim=-1)
+    reach = (made[:, None] - made).double().norm(dim=-1).sort(dim=1).values[:, 3]
+    assert recall(real, made) == pytest.approx((apart <= reach).any(1).double().mean().item())
+
+
 # --- variety -------------------------------------------------------------------------------------
 
 
@@ -254,29 +265,43 @@ def test_resamples_are_halves_without_repetition_and_the_same_every_time():
 # --- images --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("height, width", [(90, 60), (50, 133), (24, 24), (10, 17)])
-def test_resize_is_pillows_bicubic_of_the_short_side_then_the_middle(height, width):
-    """Pillow rounds to 8 bits after each of the two axes: within one level of 255. (It also cuts
-    off there what overshoots between them, so these levels stay away from the ends.)"""
+SIZES = [
+    (90, 60, 24),
+    (50, 133, 24),
+    (24, 24, 24),
+    (10, 17, 24),
+    (768, 1360, 224),
+    (832, 1216, 224),
+]
+
+
+@pytest.mark.parametrize("height, width, side", SIZES)
+def test_resize_is_pillows_bicubic_of_the_short_side_then_the_middle(height, width, side):
+    """Pillow rounds to 8 bits after each of the two axes, half a level each, which bicubic weights
+    enlarge by a little. (It also cuts off there what overshoots between them, so these levels stay
+    away from the ends.) The long side loses its fraction: 1360 pixels beside 768 become 396 beside
+    224, and not 397; of the 327 that 1216 become beside 832, torchvision's crop begins at the 52nd
+    and transformers' at the 51st."""
     levels = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     levels = F.interpolate(levels[None], size=(height, width), mode="nearest")
     levels = (80 + 95 * levels).round()
     picture = Image.fromarray(levels[0].movedim(0, -1).byte().numpy())
-    scale = 24 / min(height, width)
-    size = (round(scale * width), round(scale * height))
-    wanted = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
-    top, left = (size[1] - 24) // 2, (size[0] - 24) // 2
-    wanted = torch.tensor(wanted[top : top + 24, left : left + 24]).movedim(-1, 0)
-    got = 255 * resize(levels / 255, 24)
-    assert got.shape == (1, 3, 24, 24) and (got[0] - wanted).abs().max() <= 1
-    edges = resize((levels > 128).float(), 24)
+    size = [int(side * length / min(height, width)) for length in (width, height)]
+    scaled = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    for half in (round, math.floor):
+        left, top = (half((length - side) / 2) for length in size)
+        wanted = torch.tensor(scaled[top : top + side, left : left + side]).movedim(-1, 0)
+        got = 255 * resize(levels / 255, side, half)
+        assert got.shape == (1, 3, side, side) and (got[0] - wanted).abs().max() <= 1.01
+    assert torch.equal(resize(levels / 255, side), resize(levels / 255, side, round))
+    edges = resize((levels > 128).float(), side)
     assert edges.min() == 0 and edges.max() == 1, "bicubic overshoots; pixels do not"
 
 
 @pytest.mark.parametrize("height, width", [(90, 60), (50, 133), (24, 24), (10, 17)])
 def test_fit_is_the_whole_image_with_black_beside_it(height, width):
     """White: the scaled rectangle, its side within half a pixel, in the middle. A square image is
-    seen as by `resize`."""
+    seen as by `resize`, but that what bicubic overshoots stays, as in HPSv2's code."""
     got = fit(torch.ones(2, 3, height, width), 24)
     assert got.shape == (2, 3, 24, 24) and torch.allclose(got, got.round(), atol=1e-6)
     got = got.round()
@@ -284,8 +309,10 @@ def test_fit_is_the_whole_image_with_black_beside_it(height, width):
     assert abs(rows - 24 * height / max(height, width)) <= 0.5
     assert abs(columns - 24 * width / max(height, width)) <= 0.5
     assert (got - got.flip(2, 3)).abs().sum(dim=(0, 1)).count_nonzero() <= 2 * 24, "in the middle"
-    square = torch.rand(1, 3, 70, 70, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(fit(square, 24), resize(square, 24))
+    square = torch.ones(1, 3, 70, 70)
+    square[..., 35:] = 0
+    assert torch.equal(fit(square, 24).clamp(0, 1), resize(square, 24))
+    assert fit(square, 24).min() < -0.01 and fit(square, 24).max() > 1.01
 
 
 def test_a_patch_is_the_middle_at_its_own_scale():

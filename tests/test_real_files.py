@@ -28,9 +28,10 @@ from dataset.images import Pairs
 from dataset.pixels import SUFFIXES, upright
 from dataset.shards import expand, tar_members
 from dataset.sources import open_data
+from engine import build, ranks
 from engine.run import check_run, settings_of
 from nets import weights
-from teachers import configure
+from teachers import configure, find
 
 SIZE = (16, 16)
 IMAGE = encoded(flat((9, 9, 9)))
@@ -195,6 +196,27 @@ def test_what_a_screen_would_obey_is_escaped(command, tmp_path, monkeypatch):
     gone = tmp_path / "no\x1b[31m\nne"
     said = command(train, "--teacher", "sd15", "--weights", gone, "--data", gone)
     refused(said, r"no\x1b[31m\nne is missing", r"no\x1b[31m\nne is no folder")
+
+
+def test_what_all_ranks_would_say_the_first_says_alone(tmp_path, monkeypatch, capsys):
+    """What was passed over, before a sample is read; of bad samples each rank has its own. So of
+    the lines of a file of prompts."""
+    monkeypatch.setattr(build, "locate_files", lambda *how, **more: {})
+    folder, prompts = write_folder(tmp_path / "x", good(30)), tmp_path / "p.txt"
+    (folder / "003.txt").unlink()
+    (folder / "007.png").write_bytes(b"gone")
+    prompts.write_bytes(b"fox\n" * 30 + b"caf\xe9\n")
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        for path, told in ((folder, "1 images without a caption"), (prompts, "p.txt, line 31")):
+            cfg = configure("sd15", data=str(path), size=(64, 64), w_gan=0.0)
+            data = build.open_inputs(cfg, find("sd15"))
+            assert (told in capsys.readouterr().out) == (rank == 0)
+            assert data.remark() == ""
+            captions = data(range(29)).captions
+            news = data.remark()
+            assert told not in news and len(captions) == 29
+            assert ("007.png" in news and "1 of 29 samples" in news) == (path == folder)
 
 
 def test_a_screen_that_lacks_letters_gets_escapes(monkeypatch):

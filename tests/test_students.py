@@ -112,8 +112,9 @@ def test_a_flux_student_without_guidance_is_ours_with_it_silenced(tmp_path):
     assert find("flux-dev").guided_by == "input", "its teacher is as it was"
 
 
-def test_a_lora_of_others_stands_on_the_teachers_file(tmp_path):
-    """W + B A, told from a whole student by its names; no metadata."""
+@pytest.mark.parametrize("end", [".weight", ".default.weight"])
+def test_a_lora_of_others_stands_on_the_teachers_file(tmp_path, end):
+    """W + B A, told from a whole student by its names, PEFT's own too; no metadata."""
     family, net = find("sd35-medium"), made("sd35-medium")
     base = tmp_path / "base.safetensors"
     save_weights(net, base, torch.float32, {}, family.prefix())
@@ -121,6 +122,7 @@ def test_a_lora_of_others_stands_on_the_teachers_file(tmp_path):
     weight = net.get_submodule(name).weight
     down, up = torch.randn(3, weight.shape[1]), torch.randn(len(weight), 3)
     tensors = lora_tensors(family, "diffusers", {name: (down, up)}, net)
+    tensors = {key.replace(".weight", end): x for key, x in tensors.items()}
     save_file(tensors, tmp_path / "turbo.safetensors")
     student = find_student(tmp_path / "turbo.safetensors", "sd35-medium", **SAID)
     assert student.is_lora and student.about["rank"] == "3"
