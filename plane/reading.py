@@ -140,7 +140,7 @@ def flow(path: Path, share: float) -> None:
         scatter(axis, torch.zeros(0, 2), "", real_points("ring", 0))
     pairs.plot(*torch.stack([x0, eps], 1).permute(2, 1, 0), color="C1", linewidth=0.6)
     pairs.set_title("pairs of x0 and eps", fontsize=9)
-    t, at = torch.full((200_000,), 0.5), torch.tensor([0.5, 0.3])
+    t, at = torch.full((int(200_000 * share),), 0.5), torch.tensor([0.5, 0.3])
     many, noise = TARGETS["ring"].sample(len(t), draw), torch.randn(len(t), 2, 1, 1, generator=draw)
     near = (net.schedule.noise(many, noise, t).flatten(1) - at).norm(dim=1) < 0.05
     arrows = (noise - many)[near].flatten(1)[: max(4, int(40 * share))]
