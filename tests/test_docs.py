@@ -132,6 +132,7 @@ def test_the_chapters_have_the_form_that_the_index_promises():
         text = page.read_text()
         assert text.count("\n") < 120 and f"]({page.name})" in index, page.name
         assert text.count("<details>") == text.count("</details>") == 2, page.name
+        assert "\\operatorname" not in text, "GitHub takes no such macro"
         (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
         assert picture == f"{Path(picture).stem}.png" and Path(picture).stem in reading.PICTURES
         assert pages.LINE.search(text) and "```math" in text or page.stem[0] in "28", page.name
