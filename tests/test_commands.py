@@ -432,19 +432,3 @@ def test_evaluate_refuses_damaged_samples_of_the_teacher(command, student, tmp_p
 )
 def test_plane_refuses_what_cannot_be(command, flags, named):
     refused(command(plane, *flags), "python -m plane: ", named)
-
-
-def test_plane_prints_a_table_and_draws_a_picture(command, tmp_path, monkeypatch):
-    """Of two of the scenario's variants, a sixth as long as it has them."""
-    scenario = plane.SCENARIOS["ida"]()
-    two = {name: scenario.variants[name] for name in ("vanilla", "IDA")}
-    part = {name: dataclasses.replace(setting, iterations=100) for name, setting in two.items()}
-    short = dataclasses.replace(scenario, variants=part)
-    monkeypatch.setitem(plane.SCENARIOS, "ida", lambda: short)
-    code, out, err = command(plane, "ida", "--seeds", 1, "--out", tmp_path)
-    assert code == 0, err
-    rows = {line.split("  ")[0]: line for line in out.splitlines()}
-    assert " of 1" in rows["IDA"] and "vanilla" in rows
-    assert "data against data" in out and "seconds" in out
-    with Image.open(tmp_path / "ida.png") as picture:
-        assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 24)) > 20

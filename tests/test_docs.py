@@ -3,11 +3,11 @@ every link leads somewhere, every picture is drawn again at small size."""
 
 import functools
 import importlib.metadata
+import os
 import re
 import runpy
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser
 import evaluate
 import sample
 import train
+from digits.words import DIGITS
 from engine import flags, results
 from plane import __main__ as plane
 from plane import poster, reading, workers
@@ -47,6 +48,7 @@ def small(monkeypatch):
     monkeypatch.setattr(reading, "learned", shorter)
     monkeypatch.setattr(reading, "taught", functools.cache(workers.teach))
     monkeypatch.setattr(workers, "train_teacher", functools.partial(teach, steps=20))
+    monkeypatch.setattr(workers, "sample_ode", lambda net, eps, *_: eps)  # how good they are: no
     fewer = functools.partial(told_apart, batch=2)
     monkeypatch.setattr(
         reading, "told_apart", lambda turns, reference, *_: fewer(min(4, turns), reference)
@@ -90,7 +92,7 @@ def test_a_reader_sees_ida_act_within_three_minutes(tmp_path, monkeypatch, capsy
     (block,) = [x for x in pages.blocks(ROOT / "README.md", "bash") if "git clone" in x.text]
     clone, enter, make, install, see = pages.commands(block.text)
     assert clone[:2] == ["git", "clone"] and enter == ["cd", clone[-1]]
-    began = time.process_time()
+    began = sum(os.times()[:4])  # of this process and of those it waited for
     aside = shutil.ignore_patterns(".git", "runs", "__pycache__", "tests", "docs")
     shutil.copytree(ROOT, tmp_path / clone[-1], ignore=aside)
     monkeypatch.chdir(tmp_path / clone[-1])
@@ -99,26 +101,20 @@ def test_a_reader_sees_ida_act_within_three_minutes(tmp_path, monkeypatch, capsy
     for line in Path(install[3]).read_text().split():
         importlib.metadata.version(re.split("[=>]", line)[0])  # or PackageNotFoundError
 
-    class Inline:
-        def __init__(self, *given):
-            self.map = lambda call, *lists: map(call, *lists)
-
-        def shutdown(self, **how):
-            pass
-
     assert see[:3] == [".venv/bin/python", "-m", "plane"]
     scenario = SCENARIOS["ida"]()
     two = {name: scenario.variants[name] for name in ("vanilla", "IDA")}
     two = {name: replace(setting, iterations=300) for name, setting in two.items()}
     monkeypatch.setitem(SCENARIOS, "ida", lambda: replace(scenario, variants=two))
-    monkeypatch.setattr(plane, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(sys, "argv", see[2:])
     plane.main()
-    assert 4 * (time.process_time() - began) < 180
+    assert 4 * (sum(os.times()[:4]) - began) < 180
     printed = capsys.readouterr().out
     rows = {line.split()[0]: numbers_of(line) for line in printed.splitlines() if "±" in line}
     assert rows["vanilla"][2] > 3.5 and rows["IDA"][2] < 2.2, printed  # peak position
-    assert Path("runs/plane/ida.png").is_file()
+    assert "1 of 1" in printed and "data against data" in printed
+    with Image.open("runs/plane/ida.png") as picture:
+        assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
     (chapter,) = (page for page in CHAPTERS if page.stem == "5-ida")
     (said,) = pages.blocks(chapter, "bash")
     assert pages.commands(said.text)[0][1:] == see[1:]
@@ -135,7 +131,7 @@ def test_the_chapters_have_the_form_that_the_index_promises():
         assert "\\operatorname" not in text, "GitHub takes no such macro"
         (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
         assert picture == f"{Path(picture).stem}.png" and Path(picture).stem in reading.PICTURES
-        assert pages.LINE.search(text) and "```math" in text or page.stem[0] in "28", page.name
+        assert pages.LINE.search(text) and "$" in text, page.name
 
 
 def test_the_readme_has_what_three_readers_look_for():
@@ -321,7 +317,7 @@ def test_a_flag_that_is_renamed_fails(place, monkeypatch):
 
 
 FEWER = {  # flags that make a command short; the last one of a kind counts
-    "train.py": "--steps 2 --batch 2 --exam-every 0 --no-table",
+    "train.py": "--steps 2 --batch 2 --exam-every 0 --no-table --adapter-init random",
     "sample.py": "--steps 2",
     "evaluate.py": "--n 32 --steps 1 --teacher-steps 2 --resamples 2",
 }
@@ -335,8 +331,8 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(results, "curves", lambda *given: None)
 
 
-def run_shortened(command, asked: list[str]) -> None:
-    code, _, err = command(MODULES[asked[0]], *asked[1:], *FEWER[asked[0]].split())
+def run_shortened(command, asked: list[str], *more: str) -> None:
+    code, _, err = command(MODULES[asked[0]], *asked[1:], *FEWER[asked[0]].split(), *more)
     assert code == 0, f"{' '.join(asked)}: {err}"
 
 
@@ -344,6 +340,7 @@ def test_the_embedded_teachers_commands_run(command, no_curves, monkeypatch, tmp
     """Those of the README and the chapters in their order, two iterations each; but those that only
     switch parts off, or name another seed."""
     monkeypatch.chdir(tmp_path)
+    Path("captions.txt").write_text("".join(f"a {x} left of a digit\n" for x in DIGITS[:4]))
     ran = []
     for page in (ROOT / "README.md", *CHAPTERS):
         for words in all_commands(page):
@@ -352,7 +349,8 @@ def test_the_embedded_teachers_commands_run(command, no_curves, monkeypatch, tmp
                 continue
             if any(word in " ".join(asked) for word in (*LARGE, "--plan", "--no-ida", "--seed 1 ")):
                 continue
-            run_shortened(command, asked)
+            without_exam = ("--prompts", "captions.txt") if asked[0] == "evaluate.py" else ()
+            run_shortened(command, asked, *without_exam)
             ran.append(asked[0])
     assert ran.count("train.py") >= 3 and ran.count("sample.py") >= 3 and "evaluate.py" in ran
 
