@@ -93,7 +93,7 @@ def test_a_reader_sees_ida_act_within_three_minutes(tmp_path, monkeypatch, capsy
     clone, enter, make, install, see = pages.commands(block.text)
     assert clone[:2] == ["git", "clone"] and enter == ["cd", clone[-1]]
     began = sum(os.times()[:4])  # of this process and of those it waited for
-    aside = shutil.ignore_patterns(".git", "runs", "__pycache__", "tests", "docs")
+    aside = shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "tests", "docs")
     shutil.copytree(ROOT, tmp_path / clone[-1], ignore=aside)
     monkeypatch.chdir(tmp_path / clone[-1])
     assert make == ["python3", "-m", "venv", ".venv"]
