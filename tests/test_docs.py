@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pages
 import pytest
+from own import make_own
 from pages import CHAPTERS, PAGES, ROOT
 from PIL import Image
 from torch.distributed.run import get_args_parser
@@ -259,15 +260,7 @@ def python_of(words: list[str]) -> list[str] | None:
 def place(tmp_path_factory):
     """A folder as the pages have it: a teacher of one's own, pictures with captions, prompts."""
     folder = tmp_path_factory.mktemp("pages")
-    mine, make = (block.text for block in pages.blocks(OWN, "python"))
-    (folder / "mine.py").write_text(mine)
-    (folder / "make.py").write_text(make)
-    (folder / "pictures").mkdir()
-    for k in range(4):
-        image = np.full((40, 40, 3), 30, dtype=np.uint8)
-        image[8:28, 10:30, k % 3] = 255
-        Image.fromarray(image).save(folder / "pictures" / f"{k}.png")
-        (folder / "pictures" / f"{k}.txt").write_text(f"a red square {k}")
+    make_own(folder)
     (folder / "requirements.txt").write_text((ROOT / "requirements.txt").read_text())
     yield folder
     sys.modules.pop("mine", None)
