@@ -105,10 +105,10 @@ def test_the_teachers_samples_in_assets_are_its_own(exam):
 def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     """A small exam, for which the teacher's samples are drawn on the spot; guidance costs double.
     The student's own number of steps uses its own anchors."""
-    small = Exam(2.0, captions=8, new=1, placed=1, samples=3)
+    small = Exam(2.0, captions=8, new=1, placed=1, samples=4)
     teacher = embedded()
     small.ask_teacher(teacher)
-    assert len(small.floor) == 30 and small.reference.shape == (24, 96)
+    assert len(small.floor) == 40 and small.reference.shape == (32, 96)
     rows = {row["name"]: row for row in exam_table(small, teacher, (1.0, 0.3), teacher)}
     assert len(rows) == 2 + 4 + 5 + 8
     wanted = {"teacher 50, guided": 100, "teacher 4, guided": 8, "teacher 4, unguided": 4}
