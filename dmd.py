@@ -2,6 +2,7 @@
 
     student input (Algorithm 1)   student_input   noised data, or the student's own output again
     DMD gradient                  dmd_gradient    from the fake score's estimate to the teacher's
+    the same at two times         split_gradient  what guidance adds, at times of its own
     DMD loss                      dmd_loss        carries that gradient, over the element count
     fake score                    fake_loss       learns the student's samples by denoising them
 
@@ -51,9 +52,31 @@ def dmd_gradient(x0: Tensor, x0_fake: Tensor, x0_teacher: Tensor) -> Tensor:
 
     All (B, C, H, W). What is not finite stays so, and the guard sees it.
     """
-    x0, x0_fake, x0_teacher = x0.float(), x0_fake.float(), x0_teacher.float()
-    scale = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0)
-    return torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)
+    return normalised(x0_fake.float() - x0_teacher.float(), x0, x0_teacher)
+
+
+def normalised(gap: Tensor, x0: Tensor, x0_teacher: Tensor) -> Tensor:
+    """gap / mean|x0 - x0_teacher|, the mean per sample; zero where that is zero."""
+    away = (x0.float() - x0_teacher.float()).abs()
+    scale = per_sample(away.flatten(1).mean(1), x0)
+    return torch.where(scale == 0, 0.0, gap / scale)
+
+
+def split_gradient(
+    x0: Tensor,
+    x0_fake: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    teacher_later: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The same in two parts, from the teacher's estimates (at scale 1, guided) at a time each:
+
+    (x0_fake - x0_plain) / mean|x0 - x0_guided|, where distributions are matched, and
+    (x0_plain - x0_guided) / mean|x0 - x0_guided| at the guidance's own time. At one time they add
+    up to `dmd_gradient`. arXiv:2511.22677.
+    """
+    (plain, made), (plain_later, made_later) = teacher, teacher_later
+    matching = normalised(x0_fake.float() - plain.float(), x0, made)
+    return matching + normalised(plain_later.float() - made_later.float(), x0, made_later)
 
 
 def dmd_loss(
@@ -65,20 +88,37 @@ def dmd_loss(
     guidance: tuple[float, float] | None,
     times: str,
     rng: Rng,
+    rescale: float = 0.0,
+    times_guidance: str | None = None,
 ) -> Tensor:
     """0.5 mean |x0 - sg(x0 - gradient)|^2 on the student's estimate x0, a scalar in fp32.
 
     The teacher is guided, with a scale drawn per sample from the range `guidance` (None: it is
-    not); the fake score never is. times: see draw_t.
+    not); the fake score never is. times: see draw_t; rescale: see schedule.guided; times_guidance:
+    of what guidance adds, see `split_gradient`; None: the same times.
     """
     schedule = teacher.schedule
+
+    def noised(kind: str) -> tuple[Tensor, Tensor]:
+        t = draw_t(kind, schedule, x0, rng)
+        return schedule.noise(x0, normal(x0, rng.own), t), t
+
+    def estimate(x_t: Tensor, t: Tensor, scale: Tensor | float | None) -> Tensor:
+        return schedule.x0(x_t, guided(teacher, x_t, t, cond, uncond, scale, rescale), t)
+
     with torch.no_grad():
-        t = draw_t(times, schedule, x0, rng)
-        x_t = schedule.noise(x0, normal(x0, rng.own), t)
+        x_t, t = noised(times)
         g = uniform(x0, rng.own, *guidance) if guidance else None
-        x0_teacher = schedule.x0(x_t, guided(teacher, x_t, t, cond, uncond, g), t)
+        x0_teacher = estimate(x_t, t, g)
         x0_fake = schedule.x0(x_t, fake(x_t, t, cond), t)
-        target = x0.float() - dmd_gradient(x0, x0_fake, x0_teacher)
+        if times_guidance is None:
+            gradient = dmd_gradient(x0, x0_fake, x0_teacher)
+        else:
+            later = noised(times_guidance)
+            both = estimate(x_t, t, 1.0), x0_teacher
+            both_later = estimate(*later, 1.0), estimate(*later, g)
+            gradient = split_gradient(x0, x0_fake, both, both_later)
+        target = x0.float() - gradient
     return 0.5 * F.mse_loss(x0.float(), target)
 
 

@@ -55,17 +55,20 @@ def isg_loss(
     margin: float,
     distance: str,
     rng: Rng,
+    rescale: float = 0.0,
 ) -> Tensor:
     """Eq. 12: the student's one step over the segment against the target; a scalar in fp32.
 
     prediction: the student's at (x_t, tau_start), already made for DMD, carrying the gradient;
-    guidance: range of the teacher's scale, drawn per sample, or None; distance: of DISTANCES.
+    guidance: range of the teacher's scale, drawn per sample, or None; distance: of DISTANCES;
+    rescale: see schedule.guided.
     """
     step = student.schedule.step
     with torch.no_grad():
         tau_mid = draw_mid(tau_start, tau_end, margin, rng)
         g = uniform(x_t, rng.own, *guidance) if guidance else None
-        x_mid = step(x_t, guided(teacher, x_t, tau_start, cond, uncond, g), tau_start, tau_mid)
+        shown = guided(teacher, x_t, tau_start, cond, uncond, g, rescale)
+        x_mid = step(x_t, shown, tau_start, tau_mid)
         x_tar = step(x_mid, student(x_mid, tau_mid, cond), tau_mid, tau_end)
     x = step(x_t, prediction, tau_start, tau_end)
     return DISTANCES[distance](x, x_tar)

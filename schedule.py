@@ -2,6 +2,7 @@
 
     Flow, DDPM    x_t = alpha(t) x0 + sigma(t) eps, and a network's prediction as x0 or eps
     guided        classifier-free or embedded guidance, the only place that knows which
+    held          how long it may be
     grid          the times of a sampler; resolution_shift is FLUX.1-dev's shift for them
     anchor_at     one of the student's anchors, for each sample
     sample_x0     few-step sampling: estimate x0, noise it again to the next anchor
@@ -139,12 +140,13 @@ def guided(
     cond: Cond,
     uncond: Cond | None,
     guidance: Tensor | float | None,
+    rescale: float = 0.0,
 ) -> Tensor:
     """The guided prediction, in the shape of x_t.
 
     guidance: scale, a float or (B,); None means no guidance. With `uncond` it is classifier-free,
     uncond + g (cond - uncond), in one batched call; without, the network takes the scale as an
-    input (FLUX.1-dev).
+    input (FLUX.1-dev). rescale: see `held`; only of the first kind.
     """
     if guidance is None:
         return net(x_t, t, cond)
@@ -153,7 +155,17 @@ def guided(
         return net(x_t, t, cond | {"guidance": g})
     both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
     yes, no = net(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return no + per_sample(g, x_t).to(no.dtype) * (yes - no)
+    made = no + per_sample(g, x_t).to(no.dtype) * (yes - no)
+    return held(made, yes, rescale) if rescale else made
+
+
+def held(made: Tensor, cond: Tensor, share: float) -> Tensor:
+    """(1 - share) made + share made |cond| / |made|: a guided prediction, its norm drawn to that of
+    the conditional one, sample by sample (B, ...). arXiv:2305.08891, section 3.4.
+    """
+    norm_made, norm_cond = (x.float().flatten(1).norm(dim=1) for x in (made, cond))
+    factor = 1 - share + share * norm_cond / norm_made.clamp_min(1e-12)
+    return per_sample(factor, made).to(made.dtype) * made
 
 
 # --- samplers ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import GaussianVelocity, Linear
 
-from dmd import dmd_gradient, dmd_loss, fake_loss, student_input
+from dmd import dmd_gradient, dmd_loss, fake_loss, split_gradient, student_input
 from schedule import DDPM, Flow, draw_t, guided, normal, uniform
 
 RANGE = (2.0, 5.0)
@@ -55,6 +55,58 @@ def test_autograd_of_dmd_loss_is_the_stated_direction(schedule, x0, cond, uncond
     direction = dmd_gradient(x0.detach(), schedule.x0(x_t, fake(x_t, t, cond), t), x0_teacher)
     torch.testing.assert_close(x0.grad, direction / x0.numel(), atol=1e-6, rtol=1e-4)
     assert all(p.grad is None for net in (teacher, fake) for p in net.parameters())
+
+
+def test_both_parts_of_the_gradient_at_one_time_are_the_whole(x0):
+    """fake - plain and plain - guided, each over the same distance. Alone, what guidance adds leads
+    from the plain estimate to the guided one: descent goes against the gradient."""
+    x0_fake, plain, made = (torch.randn_like(x0) for _ in range(3))
+    whole = dmd_gradient(x0, x0_fake, made)
+    torch.testing.assert_close(split_gradient(x0, x0_fake, (plain, made), (plain, made)), whole)
+    other = (torch.randn_like(x0), torch.randn_like(x0))
+    added = split_gradient(x0, plain, (plain, made), other)
+    for b in range(3):
+        away = (x0[b] - other[1][b]).abs().mean()
+        torch.testing.assert_close(-added[b] * away, other[1][b] - other[0][b])
+
+
+@pytest.mark.parametrize("schedule", [Flow(2.0), DDPM()], ids=["flow", "ddpm"])
+def test_what_guidance_adds_has_times_and_noise_of_its_own(schedule, x0, cond, uncond, rng):
+    """Drawn after those of the matching part; the scale is one for both."""
+    teacher, fake = Linear(schedule, seed=1), Linear(schedule, seed=2)
+    x0 = x0.requires_grad_()
+    given = (teacher, fake, cond, uncond, RANGE, "uniform", rng("dmd"))
+    dmd_loss(x0, *given, times_guidance="logit-normal").backward()
+    draws, noisy = rng("dmd"), []
+
+    def noise(kind):
+        t = draw_t(kind, schedule, x0, draws)
+        noisy.append((schedule.noise(x0.detach(), normal(x0, draws.own), t), t))
+
+    def estimates(x_t, t):
+        scales = (torch.ones(3), g)
+        made = [guided(teacher, x_t, t, cond, uncond, scale) for scale in scales]
+        return [schedule.x0(x_t, prediction, t) for prediction in made]
+
+    noise("uniform")
+    g = uniform(x0, draws.own, *RANGE)
+    noise("logit-normal")
+    (x_t, t), later = noisy
+    x0_fake = schedule.x0(x_t, fake(x_t, t, cond), t)
+    wanted = split_gradient(x0.detach(), x0_fake, estimates(x_t, t), estimates(*later))
+    torch.testing.assert_close(x0.grad, wanted / x0.numel(), atol=1e-6, rtol=1e-4)
+
+
+def test_the_teachers_norm_is_held_in_the_loss(x0, cond, uncond, rng):
+    """With all of it held, a scale of 8 is no larger step than a scale of 1."""
+    teacher, fake = Linear(seed=1), Linear(seed=2)
+    held, free, plain = (
+        dmd_loss(x0, teacher, fake, cond, uncond, (g, g), "uniform", rng("dmd"), rescale=share)
+        for g, share in ((8.0, 1.0), (8.0, 0.0), (1.0, 1.0))
+    )
+    assert held != free and plain == dmd_loss(
+        x0, teacher, fake, cond, uncond, (1.0, 1.0), "uniform", rng("dmd")
+    )
 
 
 class NoiseView(torch.nn.Module):

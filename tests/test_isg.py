@@ -95,6 +95,21 @@ def test_a_segment_runs_from_noisy_to_clean(rng):
         draw_mid(END, START, 0.02, rng("isg"))
 
 
+def test_the_teachers_step_can_be_held_to_the_unguided_norm(x0, cond, uncond, rng):
+    """Only its own step: by hand, with the same held prediction."""
+    student, teacher, x_t = Linear(seed=1), Linear(seed=2), torch.randn_like(x0)
+    prediction, step = student(x_t, START, cond), student.schedule.step
+    given = (student, teacher, x_t, prediction, START, END, cond, uncond, (6.0, 6.0), 0.02, "l2")
+    got = isg_loss(*given, rng("isg"), rescale=0.5)
+    mid = draw_mid(START, END, 0.02, rng("isg"))
+    shown = guided(teacher, x_t, START, cond, uncond, 6.0, rescale=0.5)
+    x_mid = step(x_t, shown, START, mid)
+    target = step(x_mid, student(x_mid, mid, cond), mid, END)
+    wanted = distance_l2(step(x_t, prediction, START, END), target)
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert got.item() != pytest.approx(isg_loss(*given, rng("isg")).item(), rel=1e-3)
+
+
 def test_charbonnier_is_squared_for_small_and_absolute_for_large_differences():
     x = torch.zeros(4)
     for d, wanted in ((1e-5, 1e-10 / 2e-3), (10.0, 10 - 1e-3)):

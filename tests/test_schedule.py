@@ -124,6 +124,22 @@ def test_guidance_is_uncond_plus_g_times_the_difference(x0, cond, uncond):
     assert [shape[0] for shape in counted.calls] == [6]
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_held_prediction_has_its_own_direction_and_a_norm_nearer_to_the_conditional_ones(
+    x0, cond, uncond, share
+):
+    """Sample by sample: (1 - share) of its own norm and share of the other's."""
+    net, g = Linear(), torch.tensor([1.0, 3.0, 8.0])
+    free, yes = guided(net, x0, T, cond, uncond, g), net(x0, T, cond)
+    got = guided(net, x0, T, cond, uncond, g, rescale=share)
+    norms = [x.flatten(1).norm(dim=1) for x in (got, free, yes)]
+    torch.testing.assert_close(norms[0], (1 - share) * norms[1] + share * norms[2])
+    unit = [x / norm[:, None, None, None] for x, norm in zip((got, free), norms, strict=False)]
+    torch.testing.assert_close(*unit)
+    assert (norms[1][1:] > 1.2 * norms[2][1:]).all(), "there is something to hold"
+    torch.testing.assert_close(got[0], yes[0])
+
+
 def test_without_uncond_the_scale_is_an_input(x0, cond):
     """FLUX.1-dev embeds the guidance scale; with guidance None no net sees any."""
     seen = []
