@@ -15,6 +15,7 @@ Imports nothing of ours.
 import argparse
 import ast
 import dataclasses
+import errno
 import io
 import itertools
 import math
@@ -23,23 +24,6 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from errno import (
-    EACCES,
-    EBUSY,
-    EDQUOT,
-    EEXIST,
-    EFBIG,
-    EIO,
-    EISDIR,
-    ELOOP,
-    ENAMETOOLONG,
-    ENOENT,
-    ENOSPC,
-    ENOTDIR,
-    EPERM,
-    EROFS,
-    ESTALE,
-)
 from pathlib import Path
 from typing import NoReturn
 
@@ -178,6 +162,7 @@ CALLS, THREADS = Range(low=1, high=1000), Range(low=0, high=256)
 STEPS = Range(low=1, high=10**8 - 1)  # a checkpoint's name has eight digits
 PIXELS = 2**40  # bytes of a batch's, in fp32
 TIMES = Choice(("uniform", "logit-normal"))
+MEASURED = ("fd", "accuracy", "clean", "digits", "colours", "arrangements", "recall")  # by an exam
 LORA_FORMATS = ("own", "kohya", "comfyui", "diffusers")  # see teachers/lora.py
 
 
@@ -219,13 +204,24 @@ class Config:
     shift: float = setting(1.0, "resolution shift of the flow's times, in training", POSITIVE)
     p_backward: float = setting(0.5, "share of inputs from backward simulation", SHARE)
     ttur: int = setting(5, "fake and discriminator updates per student update", COUNT)
+    anchor_weights: tuple[float, ...] = setting(
+        (), "of the student's loss, one for each anchor; none: 1", AMOUNT
+    )
     ema: float = setting(0.0, "decay of the exported average of weights; 0: none", SHARE)
 
     w_dmd: float = setting(1.0, "weight of the DMD loss", AMOUNT, group="distribution matching")
     guidance_dmd: tuple[float, float] = setting(
         (1.0, 8.0), "range of the teacher's guidance scale", AMOUNT
     )
+    guidance_rescale: float = setting(
+        0.0,
+        "how far the guided prediction is drawn to the unguided one's norm, in ISG too",
+        SHARE,
+    )
     t_dmd: str = setting("uniform", "times of the DMD loss", TIMES)
+    t_guidance: str = setting(
+        "same", "times of what guidance adds to its gradient", Choice(("same", *TIMES.words))
+    )
     t_fake: str = setting("logit-normal", "times of the fake loss", TIMES)
 
     ida_decay: float = setting(
@@ -312,6 +308,17 @@ class Config:
     save_minutes: float = setting(0.0, "minutes between them, whichever is first; 0: any", AMOUNT)
     keep: int = setting(2, "checkpoints kept", COUNT)
     exam_every: int = setting(125, "iterations between exams and sheets; 0: none", AMOUNT)
+    watch_every: int = setting(
+        250, "iterations between looks at drift: images beside the teacher's; 0: none", AMOUNT
+    )
+    watch_band: tuple[float, float] = setting(
+        (0.6, 1.6), "student over teacher; what leaves it is said (why: docs/results.md)", POSITIVE
+    )
+    keep_best: str = setting(
+        "none",
+        "keep student-best.safetensors too: by the exam (fd ...), or by the watch",
+        Choice(("none", *MEASURED, "watch")),
+    )
     show: tuple[str, ...] = setting(
         (), "prompts of the sheets; none: the data's first captions", Text()
     )
@@ -335,6 +342,7 @@ HOUSEKEEPING = (
     "save_minutes",
     "keep",
     "exam_every",
+    *("watch_every", "watch_band", "keep_best"),
     "show",
     "table",
 )
@@ -406,8 +414,9 @@ def refuse(error: Exception | str, spoken: bool | None = None, code: int = 2) ->
 
 
 # What a machine may lack, as errno names it; an OSError without a number is one of ours.
-LACKING = (None, ENOENT, ENOTDIR, EISDIR, EEXIST, EACCES, EPERM, EROFS, ENOSPC, EDQUOT, EFBIG)
-LACKING += (EIO, ESTALE, EBUSY, ELOOP, ENAMETOOLONG)  # and disks that fail, or are on a network
+LACKING = "ENOENT ENOTDIR EISDIR EEXIST EACCES EPERM EROFS ENOSPC EDQUOT EFBIG"
+LACKING += " EIO ESTALE EBUSY ELOOP ENAMETOOLONG"  # and disks that fail, or are on a network
+LACKING = (None, *(getattr(errno, name) for name in LACKING.split()))
 
 
 def is_refusal(error: Exception) -> bool:
@@ -443,10 +452,13 @@ def check(cfg: Config) -> None:
             f"--size {shown(cfg.size)} with --batch {cfg.batch} x --accumulate {cfg.accumulate}: "
             f"{pixels / 1e9:,.0f} GB of pixels in an iteration, which no memory holds"
         )
-    for name in ("guidance_dmd", "guidance_isg"):
+    for name in ("guidance_dmd", "guidance_isg", "watch_band"):
         low, high = getattr(cfg, name)
         if low > high:
             raise Refusal(f"{flag(name)} is {low} {high}; the smaller number comes first")
+    if cfg.anchor_weights and len(cfg.anchor_weights) != cfg.student_steps:
+        count = f"{len(cfg.anchor_weights)} numbers, --student-steps is {cfg.student_steps}"
+        raise Refusal(f"--anchor-weights has {count}; give one for each anchor")
     check_anchors("--taus", cfg.taus)
     if cfg.taus and len(cfg.taus) != cfg.student_steps:
         raise Refusal(
@@ -469,7 +481,8 @@ def differences(old: dict, new: Config) -> list[str]:
     as_list = {
         name: list(value) if isinstance(value, tuple) else value for name, value in now.items()
     }
-    later = {"t5_length": 0}  # fields that runs begun earlier do not have
+    # Fields that runs begun earlier do not have.
+    later = {"t5_length": 0, "anchor_weights": [], "guidance_rescale": 0.0, "t_guidance": "same"}
     why = {"steps": f", over which the learning rate falls to --lr-final {new.lr_final:g}"}
     if new.lr_final == 1.0:  # nothing depends on how many there are
         why = {"steps": ": a run may be given more, not fewer"}

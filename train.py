@@ -10,7 +10,7 @@
     python train.py --help                     # every setting
 
 The same command continues an interrupted run. Results are in runs/TEACHER (or --out):
-student.safetensors, samples.png, curves.png, log.csv, metrics.json.
+student.safetensors, samples.png, progress.png, curves.png, log.csv, metrics.json.
 """
 
 from engine.flags import train_arguments
@@ -54,6 +54,7 @@ from engine.reals import make_reals
 from engine.results import finish, show
 from engine.run import LOSSES, LogFile, Run, begin, open_board, say
 from engine.start import check_all, open_exam
+from engine.watch import Watch
 from ida import ida_update
 from isg import isg_loss
 from schedule import Rng, anchor_at
@@ -122,6 +123,7 @@ class Draw:
     tau_start: Tensor  # (B,) the anchor
     tau_end: Tensor  # (B,) the next one
     weight: Tensor  # (B,) omega
+    share: float = 1.0  # the anchor's weight in the student's loss
     real: list[Tensor] | None = None  # the discriminator's features of real images, if it has work
     reference: list[Tensor] | None = None  # of the same as reference
     made: list[Tensor] | None = None  # of what the student drew
@@ -155,7 +157,8 @@ def draw_student(batch: Batch, nets: Nets, cfg: Config, rng_for: RngFor) -> Draw
     tau_start, tau_end = (anchor_at(taus, k, x_t) for k in (i, i + 1))
     prediction = student(x_t, tau_start, batch.cond)
     x0, weight = schedule.x0(x_t, prediction, tau_start), omega(schedule, tau_start)
-    draw = Draw(x0, x_t, prediction, tau_start, tau_end, weight)
+    share = cfg.anchor_weights[i] if cfg.anchor_weights else 1.0
+    draw = Draw(x0, x_t, prediction, tau_start, tau_end, weight, share)
     if cfg.w_gan > 0 and omega(schedule, torch.as_tensor(taus[i])).any():  # the host knows
         draw.real, draw.reference, draw.text = real_features(batch, disc, cfg, rng_for)
         image = augment(nets.vae.decode(x0), cfg.disc_augment, rng_for("augment made", batch.ids))
@@ -176,6 +179,8 @@ def student_loss(
         guidance=cfg.guidance_dmd,
         times=cfg.t_dmd,
         rng=rng_for("dmd", batch.ids),
+        rescale=cfg.guidance_rescale,
+        times_guidance=None if cfg.t_guidance == "same" else cfg.t_guidance,
     )
     loss = cfg.w_dmd * note(log, "dmd", dmd)
     if cfg.w_isg > 0:
@@ -191,11 +196,12 @@ def student_loss(
             margin=cfg.isg_margin,
             distance=cfg.isg_distance,
             rng=rng_for("isg", batch.ids),
+            rescale=cfg.guidance_rescale,
         )
         loss = loss + cfg.w_isg * note(log, "isg", isg)
     if draw.real:
         loss = loss + cfg.w_gan * note(log, "gan", gan_loss(disc=nets.disc, **draw.judged()))
-    return loss
+    return draw.share * loss
 
 
 @torch.no_grad()
@@ -273,6 +279,9 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torc
         say(line)
     if nets.text:
         say_cut(nets.text, some_captions(data), "captions")
+    if cfg.exam_every and not first:
+        show(0, cfg, out, nets, data, exam, run, device)
+    watch = Watch(cfg, out, nets, data, run, device)
     log = LogFile(out / "log.csv", first) if ranks.rank() == 0 else None
     board = open_board(out, first) if ranks.rank() == 0 else None
     steps, bar = range(first, cfg.steps), Progress(cfg, first, LOSSES)
@@ -282,7 +291,8 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torc
             batch = load_batch(ids_of(cfg, step), pairs, nets, cfg, device)
             with precision(cfg, nets, device):
                 values = train_step(step, batch, nets, opts, cfg)
-            values = ranks.mean_over_ranks(values, device)
+            values, done = ranks.mean_over_ranks(values, device), step + 1
+            values |= watch.look(done)
             if log:
                 log.write(step, values)
             for name, value in values.items() if board else ():
@@ -292,7 +302,6 @@ def train(cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torc
                 tqdm.write(legible(remark))  # of whichever rank: each reads samples of its own
             if news := run.count(values):
                 say(news)
-            done = step + 1
             if cfg.exam_every and (done == cfg.steps or done % cfg.exam_every == 0):
                 show(done, cfg, out, nets, data, exam, run, device)
             save, stop = run.is_due(cfg, done, device)

@@ -25,6 +25,7 @@ from torch import Tensor
 from config import Refusal
 from engine.lettering import LINE, SIZE, font_for, wrapped
 from measure.distances import to_uint8
+from measure.drift import DISTANCES, PIXELS
 from nets.disk import whole
 
 
@@ -94,12 +95,17 @@ def sheet(
 
     columns: title -> (captions, samples, 3, H, W).
     """
-    shrunk = {}
-    for title, images in columns.items():
-        scale = min(1.0, side / max(images.shape[-2:]))
-        small = F.interpolate(images.flatten(0, 1), scale_factor=scale, mode="area")
-        shrunk[title] = small.unflatten(0, images.shape[:2])
-    side_by_side(path, captions, shrunk, scale=enlarged)
+    small = {
+        title: shrunk(images.flatten(0, 1), side).unflatten(0, images.shape[:2])
+        for title, images in columns.items()
+    }
+    side_by_side(path, captions, small, scale=enlarged)
+
+
+def shrunk(images: Tensor, side: int = 256) -> Tensor:
+    """(B, 3, H, W), no side longer than `side`."""
+    scale = min(1.0, side / max(images.shape[-2:]))
+    return F.interpolate(images, scale_factor=scale, mode="area")
 
 
 def aligned(cells: list[list[str]]) -> str:
@@ -125,7 +131,7 @@ def pyplot():
 
 
 CURVES = ("dmd", "isg", "fake", "gan disc", "fd", "accuracy clean", "digits colours arrangements")
-CURVES += ("norm_student norm_fake norm_disc",)
+CURVES += ("norm_student norm_fake norm_disc", " ".join(PIXELS), " ".join(DISTANCES))
 
 
 def panels(columns: Iterable[str], exams: list[dict]) -> list[str]:

@@ -25,7 +25,9 @@ from engine.calls import PARTS, turns
 from engine.cards import CARDS, Card
 from engine.meter import CPU, Meter
 from engine.reals import teacher_calls
+from engine.sheets import is_watched
 from engine.unloaded import Run, one_of, without_files
+from engine.watch import look_at, looks
 from schedule import Rng
 from teachers import find
 
@@ -60,10 +62,11 @@ class Plan:
     host: int
     drawn: int  # calls of the student before, in the turns that were run
     turns: dict[bool, Turn]  # whether the student learns
+    look: tuple[int, int]  # the watch, at the images of one call: bytes at the highest, FLOPs
 
     @property
     def total(self) -> int:
-        return max(self.build, *(turn.peak for turn in self.turns.values()))
+        return max(self.build, self.look[0], *(turn.peak for turn in self.turns.values()))
 
 
 def find_step(cfg: Config, taus: tuple[float, ...], learn: bool, drawn: int) -> int:
@@ -106,9 +109,13 @@ def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80
                 call_kernels=meter.kernels_of_call.get("student", Counter()),
             )
         bar.close()
+        meter.reset()
+        with build.precision(cfg, shop.nets, CPU), torch.no_grad():
+            look_at(shop.latents(looks(cfg, shop.nets.family, gpus)[0]), shop.nets)
+        look = meter.peak, sum(meter.flops.values())
         drawn = min(1, len(taus) - 1) * (cfg.p_backward > 0)
         sizes = shop.resident(), shop.built, shop.saved(), shop.loading()
-        return Plan(cfg, gpus, *sizes, drawn, ran)
+        return Plan(cfg, gpus, *sizes, drawn, ran, look)
 
 
 def choose_shards(cfg: Config, memory: float) -> str:
@@ -212,6 +219,25 @@ def reals(plan: Plan, card: str) -> list[str]:
     ]
 
 
+def watch(plan: Plan) -> tuple[float, float]:
+    """FLOPs of all that the watch takes: the student's images, and the teacher's once. Each call
+    is as one of the student's in training, and of every image drawn something is measured."""
+    cfg, turn = plan.cfg, plan.turns.get(False, plan.turns[True])
+    images, steps, teachers = looks(cfg, find(cfg.teacher), plan.gpus)
+    call, seen = turn.call / cfg.batch, plan.look[1] / min(images, cfg.batch)
+    each = images * (steps * call + seen)
+    return each * (1 + cfg.steps // cfg.watch_every), images * (teachers * call + seen)
+
+
+def watched(plan: Plan) -> str:
+    """The share of the run that it is."""
+    cfg, parts = plan.cfg, watch(plan)
+    whole = sum(mean_flops(plan).values()) * cfg.steps
+    students, teachers, total = (f"{100 * x / whole:.2g} %" for x in (*parts, sum(parts)))
+    told = f"every {cfg.watch_every} iterations {students}, the teacher's images {teachers}"
+    return f"{'looks at drift, share of the run':<38}{total:>16}  {told}"
+
+
 def cards(plan: Plan, twice: Plan) -> list[str]:
     """Which fit, how fast, and with which batch. twice: the plan of a batch twice as large."""
     lines = [f"{'card':<12}{'GB':>6}  {'largest batch':<16}{'s / iteration':>14}{'s / image':>11}"]
@@ -253,6 +279,8 @@ def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> i
     memory = 1e9 * (CARDS[given.card].memory if given.card else given.gpu_memory)
     plan = measure(cfg, train_step, given.gpus, memory)
     print(report(plan, memory))
+    if is_watched(cfg):
+        print(watched(plan))
     if cfg.make_reals:
         print("\n".join(reals(plan, given.card or "h100")))
     if given.card:

@@ -1,7 +1,8 @@
 """What one sees of a run: three lines at its beginning, then one line that moves.
 
 header     whose student, on what, where
-Progress   iterations, time to go, and the losses; a student's stay in sight between its turns
+Progress   iterations, time to go, and the losses; a student's stay in sight between its turns, and
+           what drifts most
 """
 
 import os
@@ -13,6 +14,8 @@ from tqdm import tqdm
 from config import Config
 from engine import ranks
 from engine.build import Nets, anchors
+from engine.sheets import is_watched
+from measure.drift import MEASURES, farthest
 
 SMOOTH = 0.9  # of the losses shown, the share that stays from turn to turn
 
@@ -30,6 +33,9 @@ def header(
     where = f"steps {first} to {cfg.steps}" if first else f"{cfg.steps} steps"
     state = "continuing" if first else "new"
     minutes = f" or {cfg.save_minutes:g} minutes" if cfg.save_minutes else ""
+    low, high = cfg.watch_band
+    drift = f", a look at drift every {cfg.watch_every} (band {low:g} to {high:g})"
+    drift = drift if is_watched(cfg) else ""
     return [
         f"{nets.family.name} -> a student of {cfg.student_steps} steps (at {taus}) by {used}; "
         f"trained weights: {counts}",
@@ -37,7 +43,7 @@ def header(
         f"iteration of {data}, {numbers(cfg, device)}, {shared(nets)}"
         f"{allocator(device)}",
         f"{out}: {state}, {where}; log.csv grows there, with pictures every {cfg.exam_every} and "
-        f"checkpoints every {cfg.save_every} iterations{minutes}",
+        f"checkpoints every {cfg.save_every} iterations{minutes}{drift}",
     ]
 
 
@@ -80,7 +86,7 @@ class Progress(tqdm):
     def __init__(self, cfg: Config, first: int, names: list[str]):
         hidden = ranks.rank() > 0
         super().__init__(total=cfg.steps, initial=first, desc="train", disable=hidden)
-        self.names, self.seen = names, {}
+        self.names, self.seen, self.drift = names, {}, {}
 
     def show(self, values: dict[str, float]) -> None:
         """Losses that this turn has not keep their last, smoothed value, so the line keeps its
@@ -89,6 +95,9 @@ class Progress(tqdm):
             if name in values:
                 before = self.seen.get(name, values[name])
                 self.seen[name] = SMOOTH * before + (1 - SMOOTH) * values[name]
-        shown = {name: f"{x:.3f}" for name, x in self.seen.items()}
-        self.set_postfix(dict(sorted(shown.items(), key=lambda p: self.names.index(p[0]))), False)
+        shown = {name: f"{self.seen[name]:.3f}" for name in self.names if name in self.seen}
+        if watched := {name: values[name] for name in MEASURES if name in values}:
+            name, ratio = farthest(watched)
+            self.drift = {name: f"x{ratio:.2f}"}  # of the teacher's
+        self.set_postfix(shown | self.drift, False)
         self.update()

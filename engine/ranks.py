@@ -124,6 +124,13 @@ def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str,
     return dict(zip(values, (total / world()).cpu().tolist(), strict=True))
 
 
+def add_up(tensor: Tensor) -> Tensor:
+    """Summed over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def on_all_ranks(action: Callable) -> list:
     """What `action` returns on each rank; Refusal or OSError on all of them if it fails on one."""
     value, problem, number, refused = None, "", None, False

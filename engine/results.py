@@ -3,8 +3,8 @@
 show          while the student learns: a short exam, or a sheet of its images
 finish        all that is left at the end
 export        the student as a safetensors file with its teacher's names; or, of adapters, a LoRA
+keep_best     --keep-best: the same, where the student is better than it was before
 merge         --export full: an official file, the student in its teacher's place
-draw_sheet    the student's images for the first captions of the data
 report        the table, the pictures and metrics.json
 """
 
@@ -19,16 +19,14 @@ import torch
 from torch import Tensor
 
 from adapter import merged, pairs
-from config import Config, Refusal, legible
-from dataset.images import Pairs
+from config import MEASURED, Config, Refusal, legible
 from engine import ranks
-from engine.batch import load_batch
-from engine.build import Nets, anchors, base_of, precision, whole_net
-from engine.pictures import curves, sheet
+from engine.build import Nets, anchors, base_of, whole_net
+from engine.pictures import curves
 from engine.run import Run, say
+from engine.sheets import draw_progress, draw_sheet, is_watched, keep_column
 from nets.disk import write_text
 from nets.weights import as_named, merge_weights, read_metadata, stream_weights, write
-from schedule import Cond, generator, normal, sample_x0
 from teachers import Teacher, find
 from teachers.elsewhere import modelspec
 from teachers.lora import format_of, lora_tensors, read_lora
@@ -37,25 +35,31 @@ from teachers.lora import format_of, lora_tensors, read_lora
 def show(
     done: int, cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torch.device
 ) -> None:
-    """A sheet of the student's images, and a short exam where the task has one; by all ranks."""
-    draw_sheet(cfg, nets, data, out / "samples" / f"step-{done:06d}.png", device)
-    if not nets.family.examined:
+    """A sheet of the student's images, and a short exam where the task has one; by all ranks.
+
+    done: iterations; 0: before the first, of which there is no exam.
+    """
+    samples = out / "samples"
+    captions, images = draw_sheet(cfg, nets, data, samples / f"step-{done:06d}.png", device)
+    if ranks.rank() == 0:
+        keep_column(samples / "progress.safetensors", captions, done, images)
+    if not (nets.family.examined and done):
         return
-    student = whole_net(nets.ema, cfg, nets)
+    student, row = whole_net(nets.ema, cfg, nets), {}
     if exam:
         row = exam.short(student, anchors(cfg, nets.student.schedule))
         run.exams.append({"name": f"student, step {done}", "step": done} | row)
         say(exam.show(run.exams[-1:]))
+    if cfg.keep_best in MEASURED:
+        keep_best(done, row.get(cfg.keep_best), cfg, out, nets, run, device)
 
 
 def finish(
     cfg: Config, out: Path, nets: Nets, data, exam, run: Run, device: torch.device, start: float
 ) -> None:
     """The student's file, then what shows it."""
-    about, family = metadata_of(cfg, nets), nets.family
-    parts = {name: x["digest"] for name, x in run.settings.get("parts", {}).items()}
-    about |= {"parts": json.dumps(parts)}  # what it was trained with
-    path = (export_lora if cfg.adapter else export)(nets, cfg, out, about)
+    about, family = about_of(cfg, nets, run), nets.family
+    path = export(nets, cfg, out, about)
     if not family.examined:
         draw_sheet(cfg, nets, data, out / "samples.png", device)
     if is_examined(cfg, family):  # rank 0 examines, on whole networks that all ranks gather
@@ -97,9 +101,58 @@ def metadata_of(cfg: Config, nets: Nets) -> dict[str, str]:
     }
 
 
-def export(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
-    """Fit for sample.py; all ranks take part."""
-    path, prefix = out / "student.safetensors", nets.family.prefix()
+def about_of(cfg: Config, nets: Nets, run: Run) -> dict[str, str]:
+    """And what it was trained with."""
+    parts = {name: x["digest"] for name, x in run.settings.get("parts", {}).items()}
+    return metadata_of(cfg, nets) | {"parts": json.dumps(parts)}
+
+
+LOWER = ("fd", "watch")  # measures of which less is better
+
+
+def keep_best(
+    done: int,
+    value: float | None,
+    cfg: Config,
+    out: Path,
+    nets: Nets,
+    run: Run,
+    device: torch.device,
+) -> None:
+    """student-best.safetensors, where the student is better by --keep-best than it was before; by
+    all ranks. value: of that measure, on rank 0.
+
+    A run that goes back behind the file, to a checkpoint, has no best until it comes by again.
+    """
+    path, best = out / f"{BEST}.safetensors", run.best.get("value")
+    if best is not None and not (
+        path.is_file() and read_metadata(path).get("step") == run.best["step"]
+    ):
+        best = None
+    sign = -1 if cfg.keep_best in LOWER else 1
+    better = value is not None and (best is None or sign * value > sign * best)
+    if not ranks.agree(better or ranks.rank() > 0, device):
+        return
+    run.best = {"value": value, "step": str(done), "measure": cfg.keep_best}
+    about = {"step": str(done), "best": f"{cfg.keep_best} {value}"}
+    export(nets, cfg, out, about_of(cfg, nets, run) | about, BEST)
+    say(f"the best so far by {cfg.keep_best}, {value:.4g}: {path.name} is of iteration {done}")
+
+
+BEST = "student-best"  # its file's name
+
+
+def export(
+    nets: Nets, cfg: Config, out: Path, about: dict[str, str], name: str = "student"
+) -> Path:
+    """A file fit for sample.py; all ranks take part."""
+    path = out / f"{name}.safetensors"
+    (export_lora if cfg.adapter else export_whole)(nets, cfg, path, about)
+    return path
+
+
+def export_whole(nets: Nets, cfg: Config, path: Path, about: dict[str, str]) -> None:
+    prefix = nets.family.prefix()
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     shapes = {prefix + name: x.shape for name, x in sorted(nets.ema.state_dict().items())}
     tensors = ((prefix + name, x) for name, x in ranks.gather(nets.ema))
@@ -107,7 +160,6 @@ def export(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
         stream_weights(finite(tensors, dtype, path), shapes, path, dtype, about)
     else:
         collections.deque(tensors, maxlen=0)  # takes part, keeps nothing
-    return path
 
 
 def finite(
@@ -123,9 +175,9 @@ def finite(
         yield name, tensor
 
 
-def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Path:
-    """The student's adapters, fit for sample.py and for other programs; all ranks take part."""
-    path, family = out / "student.safetensors", nets.family
+def export_lora(nets: Nets, cfg: Config, path: Path, about: dict[str, str]) -> None:
+    """The student's adapters, fit for other programs too."""
+    family = nets.family
     added = pairs(whole_net(nets.ema, cfg, nets))
     if ranks.rank() == 0:
         kind = format_of(family, cfg.lora_format)
@@ -136,7 +188,6 @@ def export_lora(nets: Nets, cfg: Config, out: Path, about: dict[str, str]) -> Pa
         more |= {"guidance": str(cfg.guidance), "lora_format": kind}
         more |= {"rank": str(cfg.adapter), "alpha": str(cfg.adapter)}
         write(tensors, path, about | more)
-    return path
 
 
 def merge(cfg: Config, nets: Nets, student: Path, about: dict[str, str]) -> None:
@@ -178,47 +229,15 @@ def merged_weights(
         yield name, own.get(name, weight)
 
 
-SHOWN = 4  # captions of the sheet
-LEFT = ("full.safetensors", "samples.png", "samples/", "curves.png", "log.csv", "metrics.json")
-
-
-@torch.no_grad()
-def draw_sheet(cfg: Config, nets: Nets, data, path: Path, device: torch.device) -> None:
-    """The student's images for --show, else for the data's first captions, from fixed noise.
-
-    By all ranks.
-    """
-    taus, images = anchors(cfg, nets.student.schedule), []
-    with precision(cfg, nets, device):
-        shown, size = (nets.shown, cfg.size) if nets.shown else first_conds(cfg, nets, data, device)
-        for k, cond in enumerate(shown.values()):
-            draw = [generator("sheet", k)]
-            eps = normal(torch.empty(1, *nets.family.latent_shape(size), device=device), draw)
-            x0 = sample_x0(nets.ema, eps, cond, taus, generators=draw)
-            images.append(nets.vae.decode(x0).cpu())
-    if ranks.rank() == 0:
-        title = f"student, {len(taus)} steps"
-        sheet(path, list(shown), {title: torch.stack(images)}, nets.family.enlarged)
-
-
-def first_conds(
-    cfg: Config, nets: Nets, data, device: torch.device
-) -> tuple[dict[str, Cond], tuple[int, int]]:
-    """The cond of the data's first captions, and the size of their images."""
-    first = data(range(cfg.batch * cfg.accumulate if cfg.buckets else SHOWN))
-    found = {}
-    for k, caption in enumerate(first.captions[:SHOWN]):
-        # the cache knows a sample by its image; without one there is no need to encode it
-        parts = (first.images if nets.cache else None, first.sizes)
-        one = Pairs([caption], *(None if x is None else x[k : k + 1] for x in parts))
-        found[caption] = load_batch(range(1), one, nets, cfg, device).cond
-    return found, cfg.size if first.images is None else tuple(first.images.shape[-2:])
+LEFT = (f"{BEST}.safetensors", "full.safetensors", "samples.png", "samples/", "progress.png")
+LEFT += ("curves.png", "log.csv", "metrics.json")
 
 
 def report(cfg: Config, out: Path, nets: Nets, exam, run: Run, seconds: float) -> None:
     """exam: of the teacher's task, or None; nets: whole, on rank 0."""
     level = exam.short_level() if exam else None
     curves(out / "curves.png", out / "log.csv", run.exams, level)
+    draw_progress(out, nets.family.enlarged, is_watched(cfg))
     metrics = {"config": dataclasses.asdict(cfg), "train_seconds": seconds, **run.state()}
     if exam:
         taus, start = anchors(cfg, nets.student.schedule), time.time()

@@ -223,6 +223,8 @@ class Run:
     def __init__(self):
         """From here on SIGTERM and Ctrl-C are heard: see `hear`."""
         self.exams: list[dict] = []  # short exams so far
+        self.best: dict = {}  # of --keep-best: measure, value, step
+        self.watch: dict = {}  # where the student began, what is out of the band, and was
         self.turns: Counter[str] = Counter()  # by network: its updates so far
         self.skipped: Counter[str] = Counter()  # those that were not finite
         self.in_a_row: Counter[str] = Counter()  # the last of them
@@ -303,11 +305,13 @@ class Run:
         return save, stop
 
     def state(self) -> dict:
-        return {"exams": self.exams} | {name: dict(getattr(self, name)) for name in COUNTS}
+        kept = {"exams": self.exams, "best": self.best, "watch": self.watch}
+        return kept | {name: dict(getattr(self, name)) for name in COUNTS}
 
     def resume(self, state: dict) -> int:
         """Returns the first step to do."""
         self.exams = state["exams"]
+        self.best, self.watch = state.get("best", {}), state.get("watch", {})
         for name in COUNTS:
             found = state.get(name)  # a number, or absent, in checkpoints of earlier versions
             setattr(self, name, Counter(found if isinstance(found, dict) else {}))

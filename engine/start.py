@@ -1,6 +1,7 @@
 """Before a run: all that can be refused is, before anything is loaded, cached or deleted.
 
 check_all     flags, data, files and the folder, which is this run's alone from then on
+check_choices  what has no meaning beside the rest
 check_weights, check_headers, check_denoiser    each file is that of its network
 identities    by part, what tells its files from others
 open_exam     the teacher's examiner, and the images that students are held against
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config
+from config import MEASURED, Config, Refusal
 from dataset.identity import identity as identity_of_data
 from engine import ranks
 from engine.build import (
@@ -26,6 +27,7 @@ from engine.build import (
 )
 from engine.results import check_export, is_examined
 from engine.run import check_run, keep_samples, settings_of, take_folder
+from engine.sheets import is_watched
 from nets import disk, same
 from nets.files import Files
 from teachers import Teacher, find
@@ -44,6 +46,7 @@ def check_all(cfg: Config, overwrite: bool, held: ExitStack) -> tuple[Config, ob
     check_optimizer(cfg.optimizer)
     data = open_inputs(cfg, family)
     check_export(cfg, family)
+    check_choices(cfg, family)
     take_folder(out, held)
     check_weights(cfg, family)
     what, *_ = ranks.on_all_ranks(lambda: {} if ranks.rank() > 0 else identity_of_data(data))
@@ -51,6 +54,20 @@ def check_all(cfg: Config, overwrite: bool, held: ExitStack) -> tuple[Config, ob
     if not overwrite:
         check_run(cfg, out, settings, data)
     return cfg, data, settings
+
+
+def check_choices(cfg: Config, family: Teacher) -> None:
+    """ValueError for what has no meaning beside the rest."""
+    if cfg.keep_best == "watch" and not is_watched(cfg):
+        raise Refusal(f"--keep-best watch: --watch-every is {cfg.watch_every}, so there is no look")
+    if cfg.keep_best in MEASURED and not (family.examined and cfg.exam_every):
+        why = "--exam-every is 0" if family.examined else f"{family.name} has no exam"
+        raise Refusal(f"--keep-best {cfg.keep_best}: {why}; --keep-best watch is for any teacher")
+    if cfg.guidance_rescale and not family.uses_null:
+        raise Refusal(
+            f"--guidance-rescale {cfg.guidance_rescale}: {family.name} takes the scale as an "
+            "input, so there is no unguided prediction to hold it to"
+        )
 
 
 def check_weights(cfg: Config, family: Teacher) -> None:

@@ -168,6 +168,11 @@ class Run:
         pairs = SimpleNamespace(captions=captions, images=images, sizes=None)
         return load_batch(ids, pairs, nets, cfg, CPU)
 
+    def latents(self, count: int) -> Tensor:
+        """Of so many images, at most a batch."""
+        shape = self.nets.family.latent_shape(self.cfg.size)
+        return self.meter.empty(min(count, self.cfg.batch), *shape)
+
     def resident(self) -> dict[str, int]:
         """Bytes that are always there."""
         nets, state = self.nets, [x for opt in self.opts.values() for x in states(opt)]

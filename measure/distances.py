@@ -103,11 +103,16 @@ def vendi_score(features: Tensor) -> float:
 
 def pairwise_distance(features: Tensor) -> float:
     """(P, S, D) -> 1 - cosine similarity, mean over the pairs of each prompt and over prompts."""
+    return pairwise_distances(features).mean().item()
+
+
+def pairwise_distances(features: Tensor) -> Tensor:
+    """(P, S, D) -> (P,), of each prompt."""
     unit = F.normalize(features.double(), dim=-1)
     S = features.shape[1]
     assert S > 1, "one image of a prompt makes no pair"
     alike = (unit @ unit.transpose(1, 2)).sum((1, 2)) - S  # less each image with itself
-    return 1 - (alike / (S * (S - 1))).mean().item()
+    return 1 - alike / (S * (S - 1))
 
 
 # --- how fitting ---------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Teacher:
     licence = ""  # said by --help, where it is not free
     sampled_at_once = 1  # images at a time, by default; sample.py and evaluate.py ask
     measured_at_once = 8  # images that evaluate.py's networks take at a time
+    watched = 4, 2  # prompts, and images of each, that train.py's watch looks at
     enlarged = 1  # how many pixels of a PNG a pixel becomes; sample.py asks
     reads_itself = False  # its own text (`embedding`), not CLIP, reads for the discriminator
     examined = False  # whether `exam` gives one; train.py and evaluate.py ask

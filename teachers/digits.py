@@ -32,12 +32,13 @@ PRESET = Config(
     lr_warmup=50,
     lr_start=0.0,
     lr_final=0.1,
+    watch_every=50,
 )
 FEWER = {"lr_fake": 5e-4, "guidance_dmd": (1.5, 3.5), "w_isg": 0.3, "w_gan": 0.0, "steps": 600}
 
 
 class Digits(Teacher):
-    sampled_at_once, measured_at_once, enlarged = 64, 256, 8
+    sampled_at_once, measured_at_once, enlarged, watched = 64, 256, 8, (8, 5)
     examined = reads_itself = True
     own_data, own_features = "the embedded task", "the digits have 16 x 16"
 

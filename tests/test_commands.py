@@ -181,14 +181,13 @@ def test_every_field_says_what_it_may_be():
     words = [field.name for field in FIELDS if isinstance(field.metadata["may"], Choice)]
     adapters = ["adapter_init", "adapter_train", "base_dtype", "lora_format"]
     wanted = [
-        "t_dmd",
-        "t_fake",
+        *("t_dmd", "t_guidance", "t_fake"),
         "isg_distance",
         "disc_augment",
         *adapters,
         "shard",
         "crop",
-        "export",
+        *("export", "keep_best"),
     ]
     assert words == wanted
     assert set(flags.DTYPE.words) == set(DTYPES)

@@ -24,9 +24,12 @@ from small import SMALL, embedded, make_official
 import teachers
 from digits.words import SceneText
 from dmd import fake_loss
-from engine import build, checkpoint, ranks
+from engine import build, checkpoint, ranks, watch
 from engine.build import aim_adapters, count_trained, open_training_data
+from engine.run import Run
+from engine.watch import Watch
 from ida import ida_update
+from measure.drift import MEASURES
 from schedule import Rng
 from teachers import configure, find
 from train import (
@@ -95,9 +98,22 @@ def pull(out: Path | None, shard: str = "none") -> list[torch.Tensor]:
     return tensors
 
 
+def looked(out: Path, shard: str = "none") -> dict[str, float]:
+    """What the watch sees of three prompts before the first step; two steps of the teacher."""
+    watch.STEPS, family = 2, find("digits")
+    family = family.resized(family.sizes)
+    teachers.FOUND["digits"], family.watched = family, (3, 2)
+    cfg, run = configure(batch=4, watch_every=1, shard=shard), Run()
+    Watch(cfg, out, build_nets(cfg, CPU), family.data(0), run, CPU)
+    if ranks.rank() == 0:
+        torch.save(run.watch["start"], out / "watch")
+    return run.watch["start"]
+
+
 def follow_all(out: Path, runs: dict) -> None:
     teachers.FOUND |= SMALL  # of this process, which ends with this
     with processes.ranks_of_torchrun():
+        looked(out, "fsdp")
         pull(out / "ida", "fsdp")
         for name, flags in runs.items():
             follow(out / name, **flags)
@@ -152,7 +168,7 @@ def two_ranks(place):
     runs["adapter"] = {**ADAPTER, "batch": 8, "shard": "fsdp"}
     runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
     processes.finish(follow_all, 2, place / "printed.txt", place, runs)
-    return {name: torch.load(place / name) for name in (*runs, "ida")}
+    return {name: torch.load(place / name) for name in (*runs, "ida", "watch")}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +185,16 @@ def test_two_ranks_equal_one(two_ranks, one_rank, kind):
     assert len(one_rank["weights"]) == 4
     assert any("gan" in log for log in one_rank["logs"])
     assert_same(one_rank, two_ranks[kind], 1e-6)
+
+
+def test_two_ranks_see_of_the_student_what_one_sees(two_ranks, tmp_path, monkeypatch):
+    """In shards, which both call as often: of three prompts one is drawn by both, and counts
+    once."""
+    monkeypatch.setattr(watch, "STEPS", 2)
+    one = looked(tmp_path)
+    assert one.keys() == {*MEASURES}
+    for name, value in two_ranks["watch"].items():
+        assert value == pytest.approx(one[name], rel=2e-3), name  # a level of 255 here and there
 
 
 def follow_compiled(out: Path, flags: dict) -> None:

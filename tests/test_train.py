@@ -1,11 +1,13 @@
 """Algorithm 1 on the embedded teacher: which weights move on which turn, and exact resume."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import processes
@@ -180,6 +182,25 @@ def test_any_batch_and_any_number_of_student_steps(batch, steps):
     for step in range(2):  # both kinds of turn
         log = train_step(step, batch_of(step, nets, cfg), nets, opts, cfg)
         assert log["skipped"] == 0
+
+
+def test_an_anchors_weight_multiplies_the_students_loss():
+    """That of the anchor which the batch was drawn at, and all of the loss."""
+    weights, seen = (1.0, 2.0, 3.0, 4.0), set()
+    cfg, nets, _ = setup(batch=1, w_gan=0.0, w_isg=0.0, anchor_weights=weights)
+    taus = train.anchors(cfg, nets.student.schedule)
+    for step in range(5):
+        batch, rng = batch_of(step, nets, cfg), functools.partial(train.Rng, cfg.seed, step)
+        with torch.no_grad():
+            draw = train.draw_student(batch, nets, cfg, rng)
+            assert draw.share == weights[taus.index(pytest.approx(draw.tau_start[0].item()))]
+            one, other = (
+                train.student_loss(dataclasses.replace(draw, share=s), batch, nets, cfg, rng, log)
+                for s, log in ((1.0, defaultdict(list)), (draw.share, defaultdict(list)))
+            )
+        torch.testing.assert_close(other, draw.share * one)
+        seen.add(draw.share)
+    assert len(seen) > 1
 
 
 def test_all_discriminator_options_run():
