@@ -244,6 +244,8 @@ def test_plan_prints_its_table_and_whether_it_fits(command, monkeypatch):
     assert (code, err) == (0, "") and "fits" in out and "1 x 24 GB" in out
     for line in ("waits for the GPU", "a checkpoint", "TFLOP", "largest batch", *CARDS):
         assert line in out
+    looks = out.split("looks at drift, share of the run")[1].split()
+    assert looks[1] == "%" and 0 < float(looks[0]) <= 3
     every = plan.changes
     monkeypatch.setattr(plan, "changes", lambda told: every(told)[-1:])
     code, out, _ = command(train, *flags, "--gpu-memory", 4.001)
@@ -262,6 +264,24 @@ def test_the_plan_says_how_long_the_teachers_images_take():
         call = CARDS["h100"].seconds(other.call_kernels) * calls_each / 2  # a batch of two
         assert other.call_kernels and "4 x h100" in hours
         assert float(hours.split()[4]) == pytest.approx(80 * call / 4 / 3600, rel=1e-2)
+
+
+def test_the_plan_says_what_share_of_a_run_the_watch_is():
+    """The student's calls, at its own steps, in each look, with one before the first iteration; the
+    teacher's once, guided; decoded and seen. Ranks share the prompts: of eight, four draw one."""
+    for teacher, times in (("flux-dev", 1), ("sd35-medium", 2)):
+        cfg = configured(teacher, steps=1000, watch_every=100)
+        alone = replace(planned(configured(teacher)), cfg=cfg)
+        students, teachers = plan.watch(alone)
+        call, seen = alone.turns[False].call / cfg.batch, alone.look[1] / cfg.batch
+        assert students == pytest.approx(11 * 8 * (4 * call + seen))
+        assert teachers == pytest.approx(8 * (50 * times * call + seen))
+        decoded = alone.turns[False].flops["VAE"] / cfg.batch
+        assert seen > decoded, "and the backbone sees it"
+        shared = plan.watch(replace(alone, gpus=8))
+        assert shared == pytest.approx((students / 4, teachers / 4))
+        whole = sum(mean_flops(alone).values()) * 1000
+        assert f"{100 * (students + teachers) / whole:.2g} %" in plan.watched(alone)
 
 
 def test_what_makes_it_smaller_is_what_is_not_so_already():
