@@ -309,7 +309,7 @@ class Config:
     keep: int = setting(2, "checkpoints kept", COUNT)
     exam_every: int = setting(125, "iterations between exams and sheets; 0: none", AMOUNT)
     watch_every: int = setting(
-        250, "iterations between looks at drift: images beside the teacher's; 0: none", AMOUNT
+        500, "iterations between looks at drift: images beside the teacher's; 0: none", AMOUNT
     )
     watch_band: tuple[float, float] = setting(
         (0.6, 1.6), "student over teacher; what leaves it is said (why: docs/results.md)", POSITIVE

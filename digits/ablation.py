@@ -47,6 +47,7 @@ TEACHER = find("digits")
 PRESET = TEACHER.preset
 FEWER, SLOW = ("two", "one"), ("slow", "slow-ida", "slow-no-ida", "slow-all")
 ADAPTERS = ("lora", "lora-4", "lora-64", "lora-random", "lora-both", "lora-no-ida")
+WITHOUT = ("--exam-every", "0", "--watch-every", "0")  # what a run here does without
 COUNTS = (1, 2, 4, 8)  # steps at which a student is examined
 HOW = (torch.float32, torch.device("cpu"))
 
@@ -56,7 +57,7 @@ HOW = (torch.float32, torch.device("cpu"))
 
 def flags_of(kind: str, seed: int, steps: int | None) -> list[str]:
     """train.py's, all but --out."""
-    flags = ["--seed", str(seed), "--no-table", "--exam-every", "0", *KINDS[kind][1].split()]
+    flags = ["--seed", str(seed), "--no-table", *WITHOUT, *KINDS[kind][1].split()]
     return flags if steps is None else [*flags, "--steps", str(steps)]
 
 

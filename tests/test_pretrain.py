@@ -41,9 +41,7 @@ def test_pretraining_continues_and_leaves_the_shipped_networks_alone(
     if name == "judge":
         assert float(about["ghost_limit"]) == pytest.approx(0, abs=9)
     if name == "teacher":
-        assert net.final_layer.linear.weight.abs().max() > 0, (
-            "it starts at zero"
-        )
+        assert net.final_layer.linear.weight.abs().max() > 0, "it starts at zero"
     path.write_bytes(b"shipped")
     set_lr, asked = pretrain.set_lr, []
 
