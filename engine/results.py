@@ -124,19 +124,25 @@ def keep_best(
 
     A run that goes back behind the file, to a checkpoint, has no best until it comes by again.
     """
-    path, best = out / f"{BEST}.safetensors", run.best.get("value")
-    if best is not None and not (
-        path.is_file() and read_metadata(path).get("step") == run.best["step"]
-    ):
-        best = None
-    sign = -1 if cfg.keep_best in LOWER else 1
-    better = value is not None and (best is None or sign * value > sign * best)
-    if not ranks.agree(better or ranks.rank() > 0, device):
+    path, first = out / f"{BEST}.safetensors", ranks.rank() == 0
+    if not ranks.agree(not first or is_better(value, cfg.keep_best, run.best, path), device):
         return
     run.best = {"value": value, "step": str(done), "measure": cfg.keep_best}
     about = {"step": str(done), "best": f"{cfg.keep_best} {value}"}
     export(nets, cfg, out, about_of(cfg, nets, run) | about, BEST)
-    say(f"the best so far by {cfg.keep_best}, {value:.4g}: {path.name} is of iteration {done}")
+    if first:
+        told = f"the best so far by {cfg.keep_best}, {value:.4g}"
+        say(f"{told}: {path.name} is of iteration {done}")
+
+
+def is_better(value: float, measure: str, best: dict, path: Path) -> bool:
+    """Than the best so far, by the same measure and still there."""
+    if best.get("measure") != measure or not path.is_file():
+        return True
+    if read_metadata(path).get("step") != best["step"]:
+        return True
+    sign = -1 if measure in LOWER else 1
+    return sign * value > sign * best["value"]
 
 
 BEST = "student-best"  # its file's name

@@ -196,7 +196,7 @@ def test_every_rank_draws_as_many_prompts(monkeypatch):
 # --- the best student ----------------------------------------------------------------------------
 
 
-def test_the_best_student_is_kept(began, tmp_path):
+def test_the_best_student_is_kept(began, tmp_path, monkeypatch):
     """By FD-T the least. A run that goes back behind the file keeps the next that comes."""
     eyes, nets, run = began
     cfg, kept = replace(eyes.cfg, keep_best="fd"), []
@@ -211,6 +211,9 @@ def test_the_best_student_is_kept(began, tmp_path):
     results.keep_best(4, 99.0, replace(cfg, keep_best="accuracy"), tmp_path, nets, Run(), CPU)
     results.keep_best(5, 98.0, replace(cfg, keep_best="accuracy"), tmp_path, nets, run, CPU)
     assert read_metadata(tmp_path / "student-best.safetensors")["best"] == "accuracy 98.0"
+    monkeypatch.setattr(ranks, "rank", lambda: 1)  # takes part, knows no value, writes nothing
+    results.keep_best(6, None, cfg, tmp_path, nets, run, CPU)
+    assert read_metadata(tmp_path / "student-best.safetensors")["step"] == "5"
 
 
 @pytest.mark.parametrize(
