@@ -21,12 +21,13 @@ from config import Config
 from discriminator import Discriminator
 from engine import build, ranks
 from engine.batch import ids_of
-from engine.calls import PARTS, turns
+from engine.calls import PARTS, conditioning, turns
 from engine.cards import CARDS, Card
 from engine.meter import CPU, Meter
 from engine.reals import teacher_calls
 from engine.sheets import is_watched
 from engine.unloaded import Run, one_of, without_files
+from engine.views import off_by
 from engine.watch import look_at, looks
 from schedule import Rng
 from teachers import find
@@ -238,6 +239,23 @@ def watched(plan: Plan) -> str:
     return f"{'looks at drift, share of the run':<38}{total:>16}  {told}"
 
 
+NARROW = 0.1, 4  # of a network that is computed to see what 8 bits change: width, blocks
+
+
+def eight_bits(cfg: Config) -> str:
+    """How far --base-dtype's prediction is from that of 16 bits, by random weights and input."""
+    family = find(cfg.teacher)
+    family = family if family.examined else family.scaled(*NARROW)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, t = family.build(cfg.shift), torch.tensor([0.3, 0.8])
+        x_t = torch.randn(2, *family.latent_shape((128, 128)))
+        cond = conditioning(family, 2, torch.float32)
+        off = off_by(cfg.base_dtype, net, x_t, t, cond)
+    how = "of the prediction, by random weights" + ("" if family.examined else " at reduced width")
+    return f"{'error of the base in ' + cfg.base_dtype:<38}{100 * off:>14.2g} %  {how}"
+
+
 def cards(plan: Plan, twice: Plan) -> list[str]:
     """Which fit, how fast, and with which batch. twice: the plan of a batch twice as large."""
     lines = [f"{'card':<12}{'GB':>6}  {'largest batch':<16}{'s / iteration':>14}{'s / image':>11}"]
@@ -279,6 +297,8 @@ def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> i
     memory = 1e9 * (CARDS[given.card].memory if given.card else given.gpu_memory)
     plan = measure(cfg, train_step, given.gpus, memory)
     print(report(plan, memory))
+    if cfg.base_dtype != "bf16":
+        print(eight_bits(cfg))
     if is_watched(cfg):
         print(watched(plan))
     if cfg.make_reals:

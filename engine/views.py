@@ -1,6 +1,7 @@
 """Student, fake score and average as views of one frozen base: --adapter.
 
     load_views     the base, which is the teacher too, and its views
+    off_by         how much an 8-bit base is off
     view_of        one more
     whole_view     of a view that ranks share, one that a rank can call alone
     one_fixed      A of all views in one place; on all ranks as on the first
@@ -9,6 +10,7 @@
 Every rank has the whole base; ranks share the adapters, as copies or as shards.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -62,9 +64,27 @@ def load_base(
     if cfg.base_dtype == "bf16":
         return family.load(cfg.shift, path, dtype, device, cfg.merge)
     net = family.load(cfg.shift, path, dtype, torch.device("meta"))
-    chosen = {name for name, m in layers(net).items() if isinstance(m, nn.Linear)}
     tensors = family.read(cfg.shift, path, None, device, cfg.merge)
-    return load_quantised(net, chosen, KINDS[cfg.base_dtype], tensors, dtype)
+    return load_quantised(net, linear_layers(net), KINDS[cfg.base_dtype], tensors, dtype)
+
+
+def linear_layers(net: nn.Module) -> list[str]:
+    return [name for name, m in layers(net).items() if isinstance(m, nn.Linear)]
+
+
+@torch.no_grad()
+def off_by(kind: str, net: nn.Module, *given) -> float:
+    """|v in 8 bits - v| / |v| of a network's prediction v, called with `given`; kind: of KINDS. All
+    else is in the network's own dtype."""
+    eight = load_quantised(
+        copy.deepcopy(net).to("meta"),
+        linear_layers(net),
+        KINDS[kind],
+        net.state_dict().items(),
+        next(net.parameters()).dtype,
+    )
+    whole = net(*given)
+    return ((eight(*given) - whole).norm() / whole.norm()).item()
 
 
 def view_of(base: nn.Module, cfg: Config, family: Teacher) -> nn.Module:

@@ -1,5 +1,7 @@
 """A frozen base in 8 bits, and decoding in tiles: what they cost in numbers."""
 
+import re
+
 import pytest
 import torch
 from conftest import refused
@@ -11,7 +13,8 @@ import teachers
 import train
 from adapter import layers
 from engine.calls import conditioning
-from engine.views import load_base
+from engine.plan import eight_bits
+from engine.views import load_base, off_by
 from nets.quantised import KINDS, Quantised, quantised
 from nets.tiles import Tiled, spans
 from nets.vae import VAE
@@ -88,7 +91,18 @@ def test_a_bases_velocity_is_off_by_a_percent_or_three(official, teacher):
         assert held == ({nn.Linear} if kind == "bf16" else {Quantised})
         made[kind] = net(x_t, t, cond)
     off = {k: ((made[k] - made["bf16"]).norm() / made["bf16"].norm()).item() for k in KINDS}
+    net = base_of(teacher, folder, "bf16", torch.float32)
+    assert {k: off_by(k, net, x_t, t, cond) for k in KINDS} == pytest.approx(off, rel=1e-3)
     assert 0 < 2 * off["int8"] < off["fp8"] < 0.1, off
+
+
+def test_the_plan_says_what_eight_bits_change():
+    """Of any teacher; the digits' own size, others' a tenth of the width."""
+    for teacher in ("digits", *SMALL):
+        if not find(teacher).only_sampled:
+            said = {k: eight_bits(configure(teacher, adapter=4, base_dtype=k)) for k in KINDS}
+            off = {k: float(re.search(r"([\d.]+) %", line)[1]) for k, line in said.items()}
+            assert 0.1 < off["int8"] < off["fp8"] < 20, said
 
 
 def in_eight_bits(path, prefix, scaled):
