@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from config import Config
@@ -242,18 +243,22 @@ def watched(plan: Plan) -> str:
 NARROW = 0.1, 4  # of a network that is computed to see what 8 bits change: width, blocks
 
 
+@torch.no_grad()
 def eight_bits(cfg: Config) -> str:
-    """How far --base-dtype's prediction is from that of 16 bits, by random weights and input."""
+    """How far --base-dtype's prediction is from that of 16 bits: at reduced width, with weights of
+    unit gain (deviation 1 / sqrt(in)), since none are read here, and random input."""
     family = find(cfg.teacher)
     family = family if family.examined else family.scaled(*NARROW)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net, t = family.build(cfg.shift), torch.tensor([0.3, 0.8])
-        x_t = torch.randn(2, *family.latent_shape((128, 128)))
-        cond = conditioning(family, 2, torch.float32)
-        off = off_by(cfg.base_dtype, net, x_t, t, cond)
-    how = "of the prediction, by random weights" + ("" if family.examined else " at reduced width")
-    return f"{'error of the base in ' + cfg.base_dtype:<38}{100 * off:>14.2g} %  {how}"
+        for layer in net.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(std=layer.in_features**-0.5)
+        x_t = torch.randn(2, *family.latent_shape([min(n, 128) for n in cfg.size]))
+        off = off_by(cfg.base_dtype, net, x_t, t, conditioning(family, 2, torch.float32))
+    name = f"error of the base in {cfg.base_dtype}"
+    return f"{name:<38}{100 * off:>14.2g} %  of a small network's prediction, random weights"
 
 
 def cards(plan: Plan, twice: Plan) -> list[str]:

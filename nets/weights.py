@@ -15,6 +15,7 @@ the memory of the network and of one more tensor.
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
@@ -136,8 +137,8 @@ def read_scales(wanted: Mapping[str, Tensor], found: Mapping[str, Path]) -> dict
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
     if tensor.dtype.itemsize == 1:  # has no such function
         tensor = tensor.bfloat16()
-    low, high = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
-    if not low.isfinite() & high.isfinite():
+    ends = tensor.aminmax()  # NaN if any element is; unlike isfinite(), takes no memory
+    if not all(math.isfinite(x) for x in torch.stack(ends).tolist()):
         raise Refusal(
             f"{path}: {name} holds values that are not finite in {tensor.dtype}; "
             "fetch the file again"

@@ -209,6 +209,7 @@ def test_sample_draws_with_flux_at_full_size(command, tmp_path):
 def test_train_runs_sd15_from_a_cache_to_its_sheet(command, tmp_path):
     """train.py as a user starts it; what it would write of weights is left out."""
     flags = ("--steps", "1", "--exam-every", "0", "--cache", str(tmp_path / "cache"))
+    flags += ("--student-steps", "2", "--show", "a red three")  # of the sheet
     told = command("train", "sd15", *flags, "--out", str(tmp_path / "run"), data=True)
     check_kernels(told)
     assert (tmp_path / "run" / "samples.png").is_file()

