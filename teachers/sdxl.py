@@ -39,6 +39,7 @@ SD15_PRESET = Config(  # vanilla DMD2: no IDA, no ISG
     w_isg=0.0,
     w_gan=0.0,
     steps=10_000,
+    watch_every=1000,  # images of many steps beside short turns: 3 % of them, with adapters too
     batch=1,
     lr=1e-6,
     lr_fake=1e-6,
