@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 FORMULAS = flop_registry | {  # torch counts the attention kernels of GPUs; these are the CPU's
@@ -158,7 +157,7 @@ class Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.compute = Kernels()
-        self.storages = WeakIdKeyDictionary()  # storage -> [its bytes]
+        self.storages: dict[int, list] = {}  # by address: its bytes, who hears of its end
         self.now, self.is_making = 0, False
         self.part, self.doing = "", "forward"  # which network, and what it does
         self.back = ""  # which one a backward pass is in
@@ -245,12 +244,16 @@ class Meter(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage not in self.storages:
-            self.storages[storage] = counted = [0]
-            weakref.finalize(storage, self.count, counted, 0)
+        place = storage._cdata
+        if place not in self.storages:
+            end = weakref.ref(storage, functools.partial(self.forget, place))
+            self.storages[place] = counted = [0, end]
             self.count(counted, storage.nbytes())
 
-    def count(self, counted: list[int], size: int) -> None:
+    def forget(self, place: int, _) -> None:
+        self.count(self.storages.pop(place), 0)
+
+    def count(self, counted: list, size: int) -> None:
         """Bytes of one storage are now `size`."""
         self.now, counted[0] = self.now + size - counted[0], size
         stage = self.stage()
@@ -263,8 +266,8 @@ class Meter(TorchDispatchMode):
 
         def resize_(storage, size):
             resize(storage, size)
-            if storage in self.storages:
-                self.count(self.storages[storage], storage.nbytes())
+            if counted := self.storages.get(storage._cdata):
+                self.count(counted, storage.nbytes())
             return storage
 
         leave = torch.autocast.__exit__
