@@ -244,14 +244,14 @@ class Meter(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        place = storage._cdata
-        if place not in self.storages:
-            end = weakref.ref(storage, functools.partial(self.forget, place))
-            self.storages[place] = counted = [0, end]
+        address = storage._cdata
+        if address not in self.storages:
+            end = weakref.ref(storage, functools.partial(self.forget, address))
+            self.storages[address] = counted = [0, end]
             self.count(counted, storage.nbytes())
 
-    def forget(self, place: int, _) -> None:
-        self.count(self.storages.pop(place), 0)
+    def forget(self, address: int, _) -> None:
+        self.count(self.storages.pop(address), 0)
 
     def count(self, counted: list, size: int) -> None:
         """Bytes of one storage are now `size`."""

@@ -16,6 +16,7 @@ kernels, time, fragmentation, and whatever writes tensors to a file.
 """
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -236,7 +237,8 @@ class Machine(TorchDispatchMode):
         self.compute = Kernels()
         self.answers = {"any": True}  # by the function that made it: what a truth read off is
         self.made_by = WeakIdKeyDictionary()  # truths on the GPU -> that function
-        self.storages = WeakIdKeyDictionary()  # storage -> [its bytes, whether on the GPU]
+        # By address: its bytes, whether on the GPU, who hears of its end.
+        self.storages: dict[int, list] = {}
         self.now, self.host, self.host_peak = 0, 0, 0  # host: fake tensors of the CPU
         self.stage = ""
         self.reset()
@@ -253,10 +255,14 @@ class Machine(TorchDispatchMode):
 
     def see(self, tensor: FakeTensor) -> None:
         storage = tensor.untyped_storage()
-        if storage not in self.storages and tensor.fake_device.type != "meta":
-            self.storages[storage] = counted = [0, on_cuda(tensor)]
-            weakref.finalize(storage, self.count, counted, 0)
+        address = storage._cdata
+        if address not in self.storages and tensor.fake_device.type != "meta":
+            end = weakref.ref(storage, functools.partial(self.forget, address))
+            self.storages[address] = counted = [0, on_cuda(tensor), end]
             self.count(counted, storage.nbytes())
+
+    def forget(self, address: int, _) -> None:
+        self.count(self.storages.pop(address), 0)
 
     def count(self, counted: list, size: int) -> None:
         """Bytes of one storage are now `size`."""
@@ -279,8 +285,8 @@ class Machine(TorchDispatchMode):
 
         def resize_(storage, size):
             resize(storage, size)
-            if storage in self.storages:
-                self.count(self.storages[storage], storage.nbytes())
+            if counted := self.storages.get(storage._cdata):
+                self.count(counted, storage.nbytes())
             return storage
 
         torch.UntypedStorage.resize_ = resize_
