@@ -112,8 +112,9 @@ def measure(cfg: Config, train_step: Callable, gpus: int = 1, memory: float = 80
             )
         bar.close()
         meter.reset()
-        with build.precision(cfg, shop.nets, CPU), torch.no_grad():
-            look_at(shop.latents(looks(cfg, shop.nets.family, gpus)[0]), shop.nets)
+        if is_watched(cfg):
+            with build.precision(cfg, shop.nets, CPU), torch.no_grad():
+                look_at(shop.latents(looks(cfg, shop.nets.family, gpus)[0]), shop.nets)
         look = meter.peak, sum(meter.flops.values())
         drawn = min(1, len(taus) - 1) * (cfg.p_backward > 0)
         sizes = shop.resident(), shop.built, shop.saved(), shop.loading()
