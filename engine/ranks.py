@@ -119,8 +119,7 @@ def to_host(values: dict[str, Tensor]) -> dict[str, float]:
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     if world() == 1:
         return values
-    total = send(torch.tensor(list(values.values()), dtype=torch.float64), device)
-    dist.all_reduce(total)
+    total = add_up(send(torch.tensor(list(values.values()), dtype=torch.float64), device))
     return dict(zip(values, (total / world()).cpu().tolist(), strict=True))
 
 
