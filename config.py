@@ -370,8 +370,8 @@ class Value(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """Errors on one line, exit code 2. `add_argument` takes `may` too, what a value may be."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
         self.register("action", None, Value)  # what a flag is that names no other action
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:

@@ -133,7 +133,7 @@ def swd(points: Tensor, target) -> float:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=place, default=Path("runs/toy"), help="default: runs/toy")
     parser.add_argument("--seed", type=int, default=0, help="of every random number; default: 0")
     given = parser.parse_args()

@@ -42,7 +42,6 @@ from engine.cards import CARDS
 from teachers import FOUND, configure, find, is_named, listed, names
 from teachers.students import reading
 
-HOW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 DTYPE, SAMPLER = Choice(("bf16", "fp32")), Choice(("x0", "euler"))  # as in nets/weights, schedule
 KINDS = {  # of the ablation's runs: title, flags of train.py
     "dmd": ("DMD", "--no-ida --no-isg --no-gan"),
@@ -79,7 +78,7 @@ SWITCHES = {  # parts of the method, and what turns them off
 
 def train_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     """The resolved configuration, and all arguments."""
-    parser = Parser(description=about, usage="%(prog)s [--FLAG VALUE ...]", add_help=False, **HOW)
+    parser = Parser(description=about, usage="%(prog)s [--FLAG VALUE ...]", add_help=False)
     fields = add_fields(parser)
     call = parser.add_argument_group("this call alone")
     help = "start anew where --out holds another run"
@@ -145,7 +144,7 @@ def add_fields(parser: Parser) -> dict[str, argparse.Action]:
 
 
 def sample_arguments(about: str | None) -> argparse.Namespace:
-    parser = Parser(description=about, **HOW)
+    parser = Parser(description=about)
     student = "a student: saved by train.py, or anybody's, a file or a folder"
     parser.add_argument("--checkpoint", type=place, help=student)
     known = ", ".join(names(trained=False))
@@ -200,7 +199,7 @@ def sample_arguments(about: str | None) -> argparse.Namespace:
 
 
 def evaluate_arguments(about: str | None) -> argparse.Namespace:
-    parser = Parser(description=about, **HOW)
+    parser = Parser(description=about)
     student = "students: saved by train.py, or anybody's, files or folders; a row each"
     how = {"type": place, "nargs": "+", "metavar": "STUDENT", "required": True}
     parser.add_argument("--student", help=student, **how)
@@ -284,7 +283,7 @@ def denoiser_file(teacher: str | None) -> Path | None:
 
 def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
     """The preset with what of it was given, and all arguments."""
-    parser = Parser(description=about, **HOW)
+    parser = Parser(description=about)
     teacher = f"whose preset is timed: {', '.join(names())}, or mine.py; default: digits"
     parser.add_argument("--teacher", type=home, default="digits", help=teacher)
     add_size(parser, "the preset's")
@@ -323,7 +322,7 @@ def ablation_arguments(about: str | None) -> argparse.Namespace:
     kinds = "\n".join(
         f"  {name:12}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
     )
-    parser = Parser(description=about, epilog=f"kinds and their flags:\n{kinds}", **HOW)
+    parser = Parser(description=about, epilog=f"kinds and their flags:\n{kinds}")
     kinds, every = Choice(tuple(KINDS)), f"any of {', '.join(KINDS)}; default: all of them"
     parser.add_argument(
         "--kinds", nargs="+", may=kinds, default=list(KINDS), metavar="KIND", help=every
@@ -343,7 +342,7 @@ def ablation_arguments(about: str | None) -> argparse.Namespace:
 
 
 def pretrain_arguments(about: str | None) -> argparse.Namespace:
-    parser = Parser(description=about, **HOW)
+    parser = Parser(description=about)
     which = Choice(("all", "judge", "backbone", "teacher", "samples"))
     parser.add_argument("which", nargs="?", default="all", may=which, help="default: all")
     return parser.parse_args()

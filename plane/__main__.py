@@ -27,8 +27,6 @@ def arguments() -> argparse.Namespace:
     parser = Parser(
         prog="python -m plane",
         description=f"{__doc__}\n{scenarios.__doc__}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("scenario", nargs="*", default=["all"], help="one or several; default: all")
     parser.add_argument(

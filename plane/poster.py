@@ -6,7 +6,6 @@ BOXES name functions as they stand in train.py, dmd.py, isg.py, ida.py and discr
 tensors as those functions call them; tests/test_docs.py looks each up. Matplotlib draws it.
 """
 
-import argparse
 from pathlib import Path
 
 from config import Parser, place
@@ -102,8 +101,6 @@ def main() -> None:
     parser = Parser(
         prog="python -m plane.poster",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     file = Path("assets/algorithm.png")
     parser.add_argument("--out", type=place, default=file, help=f"a PNG; default: {file}")

@@ -11,7 +11,6 @@ A picture's numbers are those of `--share 1`; a smaller share takes fewer points
 iterations. dmd.py, ida.py, isg.py and discriminator.py are used as they are for the large teachers.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -341,8 +340,6 @@ def main() -> None:
     parser = Parser(
         prog="python -m plane.reading",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     known = f"any of {', '.join(PICTURES)}; default: all"
     parser.add_argument("picture", nargs="*", default=[*PICTURES], help=known)
