@@ -16,11 +16,13 @@ since they write tensors that are not there to a file: `save_checkpoint` and `st
 """
 
 import argparse
+import copyreg
 import functools
 import gc
 import importlib
 import json
 import os
+import pickle
 import struct
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from machine import Machine, pretend, pretend_ranks  # isort: skip (before torch)
@@ -41,6 +44,7 @@ import teachers
 import train
 from config import Config
 from engine import build, checkpoint, plan, ranks, results
+from engine.meter import Kernels
 from nets.clip import CLIP, to_open_clip
 from nets.files import SHARED
 from nets.qwen3 import Qwen3
@@ -242,19 +246,29 @@ def command(name: str, teacher: str, flags: Sequence[str], folder: str, data: bo
 # --- on request ----------------------------------------------------------------------------------
 
 
+def kernel(name: str) -> torch._ops.OpOverload:
+    return attrgetter(name)(torch.ops)
+
+
 def serve() -> None:
     """For each line {"do": function, "to": file, ...} of the input its report in that file, then
-    an exit code in the output."""
+    an exit code in the output. What one report learns of kernels' forms, later ones know."""
+    copyreg.pickle(torch._ops.OpOverload, lambda func: (kernel, (str(func),)))
     for line in sys.stdin:
         asked = json.loads(line)
+        learned = Path(asked["to"]).with_suffix(".forms")
         if child := os.fork():
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code == 0:
+                Kernels.known |= pickle.loads(learned.read_bytes())
+            print(code, flush=True)
             continue
         os.dup2(2, 1)  # the output is for exit codes
         code = 1
         try:
             to, do = asked.pop("to"), {"iterate": iterate, "command": command}[asked.pop("do")]
             Path(to).write_text(json.dumps(do(**asked)))
+            learned.write_bytes(pickle.dumps(Kernels.known))
             code = 0
         except BaseException:
             traceback.print_exc()
