@@ -6,8 +6,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from own import flags_of
 from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, embedded, make_official
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import teachers
 from digits.words import SceneText
@@ -458,27 +458,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(short, own, undisturbed, tmp_p
     assert all(torch.equal(x, now[k]) for k, x in left.items() if torch.is_tensor(x))
 
 
-def test_torchrun_restarts_ranks_when_one_is_killed(short, undisturbed, tmp_path):
-    """The run goes on from its checkpoint, to the student of an undisturbed one."""
-    out = tmp_path / "run"
-    command = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
-    flags = map(str, [*short, "--shard", "fsdp", "--out", out])
-    torchrun = subprocess.Popen(
-        [sys.executable, "-m", *command, "train.py", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        while not any(out.glob("checkpoints/step-????????")) and torchrun.poll() is None:
+def killed_once(out: Path, flags: list) -> None:
+    """train.py on a rank of torchrun's; the second one dies when there is a checkpoint."""
+
+    def die() -> None:
+        while not any(out.glob("checkpoints/step-????????")):
             time.sleep(0.02)
-        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        said = torchrun.communicate(timeout=120)[0]
-    finally:
-        torchrun.kill()
-    assert torchrun.returncode == 0, said[-3000:]
-    assert "continuing" in said, said[-3000:]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        threading.Thread(target=die, daemon=True).start()
+    processes.command(flags)
+
+
+def test_torchrun_restarts_ranks_when_one_is_killed(short, undisturbed, tmp_path):
+    """By torchrun's own agent: the run goes on from its checkpoint, to the student of an
+    undisturbed one."""
+    out, printed = tmp_path / "run", tmp_path / "printed.txt"
+    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "forkserver"}
+    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, **how)
+    flags = [*short, "--shard", "fsdp", "--out", out]
+    elastic_launch(config, processes.as_rank)(0, 0, 0, printed, killed_once, (out, flags))
+    assert "continuing" in printed.read_text(), printed.read_text()
     assert_near(out, undisturbed(*short, "--accumulate", 2))
