@@ -55,9 +55,9 @@ HOW = (torch.float32, torch.device("cpu"))
 # --- one run -------------------------------------------------------------------------------------
 
 
-def flags_of(kind: str, seed: int, steps: int | None) -> list[str]:
-    """train.py's, all but --out."""
-    flags = ["--seed", str(seed), "--no-table", *WITHOUT, *KINDS[kind][1].split()]
+def flags_of(own: str, seed: int, steps: int | None) -> list[str]:
+    """train.py's, all but --out. own: a kind's."""
+    flags = ["--seed", str(seed), "--no-table", *WITHOUT, *own.split()]
     return flags if steps is None else [*flags, "--steps", str(steps)]
 
 
@@ -66,7 +66,8 @@ def rows_of(kind: str, seed: int, given: argparse.Namespace, exam: Exam, stop: E
 
     stop: set when any run has failed, or all are to end.
     """
-    folder, flags = given.out / f"{kind}-{seed}", flags_of(kind, seed, given.steps)
+    folder = given.out / f"{kind}-{seed}"
+    flags = flags_of(given.known[kind][1], seed, given.steps)
     kept, student = folder / "exam.json", folder / "student.safetensors"
     if rows := read_rows(kept, flags, student):
         return rows
@@ -136,8 +137,8 @@ def teacher_rows(exam: Exam, teacher: nn.Module) -> list[dict]:
     return rows
 
 
-def table(teacher: list[dict], students: dict[str, list[list[dict]]]) -> str:
-    """Markdown. students: kind -> per seed its rows, one for each of COUNTS."""
+def table(teacher: list[dict], students: dict[str, list[list[dict]]], known: dict = KINDS) -> str:
+    """Markdown. students: kind -> per seed its rows, one for each of COUNTS; known: the kinds."""
     cells = [["parts", "steps", "NFE", *(title for _, title, _ in COLUMNS)]]
     for row in teacher:
         values = [format(row[key], form) for key, _, form in COLUMNS]
@@ -147,7 +148,7 @@ def table(teacher: list[dict], students: dict[str, list[list[dict]]]) -> str:
         for rows in zip(*runs, strict=True):
             values = [spread([row[key] for row in rows], form) for key, _, form in COLUMNS]
             nfe = str(rows[0]["nfe"])
-            cells.append([KINDS[kind][0], nfe, nfe, *values])
+            cells.append([known[kind][0], nfe, nfe, *values])
     return aligned(cells)
 
 
@@ -195,6 +196,16 @@ def run_all(given: argparse.Namespace, exam: Exam) -> dict[str, list[list[dict]]
 
 def main() -> None:
     given = ablation_arguments(__doc__)
+    teacher, students = examine_all(given)
+    text = table(teacher, students)
+    print(text)
+    write_text(given.out / "table.md", text + "\n")
+    picture(given.out / "ablation.png", teacher, students)
+    print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
+
+
+def examine_all(given: argparse.Namespace) -> tuple[list[dict], dict[str, list[list[dict]]]]:
+    """The teacher's rows, and the students' by kind and seed; metrics.json has both."""
     for name in ("kinds", "seeds"):
         setattr(given, name, list(dict.fromkeys(getattr(given, name))))
     torch.set_num_threads(1)  # beside it train others
@@ -208,13 +219,9 @@ def main() -> None:
         with hold(given.out):
             students = run_all(given, exam)
             rows = teacher_rows(exam, teacher)
-            text = table(rows, students)
-            print(text)
-            write_text(given.out / "table.md", text + "\n")
             metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
             write_text(given.out / "metrics.json", json.dumps(metrics, indent=1))
-            picture(given.out / "ablation.png", rows, students)
-            print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
+    return rows, students
 
 
 if __name__ == "__main__":

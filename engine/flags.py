@@ -318,23 +318,26 @@ def bench_arguments(about: str | None) -> tuple[Config, argparse.Namespace]:
         refuse(error)
 
 
-def ablation_arguments(about: str | None) -> argparse.Namespace:
+def ablation_arguments(
+    about: str | None, known: dict = KINDS, seeds: tuple = (0, 1, 2), out: str = "runs/ablation"
+) -> argparse.Namespace:
+    """known: of kinds; digits/search.py has others, which are tried with fewer seeds."""
     kinds = "\n".join(
-        f"  {name:12}{title}: {flags or '(none)'}" for name, (title, flags) in KINDS.items()
+        f"  {name:12}{title}: {flags or '(none)'}" for name, (title, flags) in known.items()
     )
     parser = Parser(description=about, epilog=f"kinds and their flags:\n{kinds}")
-    kinds, every = Choice(tuple(KINDS)), f"any of {', '.join(KINDS)}; default: all of them"
+    kinds, every = Choice(tuple(known)), f"any of {', '.join(known)}; default: all of them"
     parser.add_argument(
-        "--kinds", nargs="+", may=kinds, default=list(KINDS), metavar="KIND", help=every
+        "--kinds", nargs="+", may=kinds, default=list(known), metavar="KIND", help=every
     )
-    seeds = "default: 0 1 2"
-    parser.add_argument("--seeds", type=int, may=ANY, nargs="+", default=[0, 1, 2], help=seeds)
+    help, seeds = f"default: {' '.join(map(str, seeds))}", list(seeds)
+    parser.add_argument("--seeds", type=int, may=ANY, nargs="+", default=seeds, help=help)
     steps = "iterations of a run; default: the preset's"
     parser.add_argument("--steps", type=int, may=STEPS, help=steps)
     jobs, cores = "runs at once; default: {}, the number of cores", os.cpu_count()
     parser.add_argument("--jobs", type=int, may=CALLS, default=cores, help=jobs.format(cores))
-    out = Path("runs/ablation")
-    parser.add_argument("--out", type=place, default=out, help=f"default: {out}")
+    parser.add_argument("--out", type=place, default=Path(out), help=f"default: {out}")
+    parser.set_defaults(known=known)
     given = parser.parse_args()
     if "RANK" in os.environ:
         refuse("torchrun is not needed; --jobs runs several at once")

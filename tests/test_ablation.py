@@ -44,8 +44,8 @@ def test_the_table_is_mean_and_spread_over_seeds():
 def test_every_combination_of_the_three_parts_is_a_kind(monkeypatch):
     """Read from what train.py makes of the flags; titles say the same."""
     parts = {}
-    for kind, (title, _) in ablation.KINDS.items():
-        monkeypatch.setattr(sys, "argv", ["train.py", *ablation.flags_of(kind, 5, None)])
+    for kind, (title, own) in ablation.KINDS.items():
+        monkeypatch.setattr(sys, "argv", ["train.py", *ablation.flags_of(own, 5, None)])
         cfg, _ = train.train_arguments("")
         assert cfg.seed == 5 and not cfg.table
         on = (cfg.ida_decay < 1, cfg.w_isg > 0, cfg.w_gan > 0)
@@ -107,7 +107,8 @@ def test_runs_are_trained_examined_and_kept(command, small, tmp_path, monkeypatc
     for path, bad in ((student, whole[:-1] + b"x"), (kept, b""), (kept, b"[]")):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="trained again"):
-            ablation.rows_of("dmd", 1, SimpleNamespace(out=tmp_path, steps=2), None, Event())
+            given = SimpleNamespace(out=tmp_path, steps=2, known=ablation.KINDS)
+            ablation.rows_of("dmd", 1, given, None, Event())
         student.write_bytes(whole)
         kept.write_text(rows)
 

@@ -140,7 +140,7 @@ def small(place: Path, teacher: str) -> dict:
     """Flags for a reduced teacher: everything on, two samples at a time."""
     flags = {
         "size": (32, 48),
-        "steps": 2,
+        "steps": 1,
         "batch": 2,
         "ema": 0.9,
         "w_isg": 1.0,
@@ -172,7 +172,7 @@ def two_ranks(place, mine):
     runs["parts"] = {**mine, "batch": 4, "accumulate": 2, "shard": "ddp"}
     runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
     runs["adapter"] = {**mine, **ADAPTER, "batch": 8, "shard": "fsdp"}
-    runs["bf16"] = runs["flux-dev"] | {"bf16": True, "steps": 1}
+    runs["bf16"] = runs["flux-dev"] | {"bf16": True}
     processes.finish(follow_all, 2, place / "printed.txt", place, runs)
     return {name: torch.load(place / name) for name in (*runs, "ida", "watch")}
 

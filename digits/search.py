@@ -1,0 +1,53 @@
+"""The search for the embedded task's preset: every setting that was tried.
+
+    python -m digits.search                               # each with seed 0
+    python -m digits.search --kinds chosen --seeds 10 11 12
+
+As digits/ablation.py: a folder for each run, students examined at 1, 2, 4 and 8 steps. The table
+has each at the number of steps that it is trained for. Writes table.md and metrics.json.
+"""
+
+from engine.flags import ablation_arguments
+
+# Where the search began, in full, since what a preset is changes with what is found.
+START = (
+    "--lr 1.5e-4 --lr-fake 1.2e-3 --lr-disc 5e-4 --lr-warmup 50 --lr-start 0 --lr-final 0.1 "
+    "--ema 0.98 --batch 32 --steps 750 --t-fake uniform --w-isg 5 --w-gan 0.15 "
+    "--guidance-dmd 1.3 2.7 --guidance-isg 2 2"
+)
+CHANGES = {
+    "start": "",
+    "slow": "--lr-fake 1e-4",
+}
+SETTINGS = {
+    name: (flags or "where it began", f"{START} {flags}") for name, flags in CHANGES.items()
+}
+HOW = {"known": SETTINGS, "seeds": (0,), "out": "runs/search"}
+
+if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
+    ablation_arguments(__doc__, **HOW)
+
+from digits.ablation import COUNTS, examine_all, table
+from nets.disk import write_text
+
+
+def own_steps(flags: str) -> int:
+    """Of the student that a setting trains."""
+    words = flags.split()
+    return int(words[words.index("--student-steps") + 1]) if "--student-steps" in words else 4
+
+
+def main() -> None:
+    given = ablation_arguments(__doc__, **HOW)
+    teacher, students = examine_all(given)
+    for kind, runs in students.items():
+        k = COUNTS.index(own_steps(CHANGES[kind]))
+        students[kind] = [rows[k : k + 1] for rows in runs]
+    text = table(teacher, students, SETTINGS)
+    print(text)
+    write_text(given.out / "table.md", text + "\n")
+    print(f"{given.out}: table.md, metrics.json, and a folder for each run")
+
+
+if __name__ == "__main__":
+    main()
