@@ -97,9 +97,11 @@ def kind_of(func) -> str:
 class Kernels:
     """What a kernel makes, without its values: forms alone, each kind of call asked once."""
 
+    known: dict[object, tuple] = {}  # of all: call -> (whether many, form of each result, FLOPs)
+
     def __init__(self):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.known: dict[object, tuple] = {}  # call -> (whether many, form of each result, FLOPs)
+        self.fake.cache_enabled = False  # torch looks up what `known` has already
         self.stencils: dict[torch.device, dict] = {}
 
     def make(self, shape, stride, dtype: torch.dtype, device: torch.device = CPU) -> FakeTensor:
