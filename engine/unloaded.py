@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import teachers
 from config import Config
+from discriminator import SpectralConv
 from engine import build
 from engine.batch import Batch, load_batch
 from engine.meter import CPU, Meter
@@ -128,6 +129,17 @@ def without_files(teacher: str, meter: Meter, cached: bool, t5: bool) -> Iterato
         teachers.FOUND[teacher] = family
 
 
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Inside, heads are built without looking for their singular vectors: there is nothing to find,
+    and it takes longer than all else of building."""
+    before, SpectralConv.power_iteration = SpectralConv.power_iteration, lambda conv: None
+    try:
+        yield
+    finally:
+        SpectralConv.power_iteration = before
+
+
 # --- a run without memory ------------------------------------------------------------------------
 
 
@@ -136,7 +148,7 @@ class Run:
 
     def __init__(self, cfg: Config, meter: Meter, cached: bool):
         self.cfg, self.meter, self.cached = cfg, meter, cached
-        with meter.making():
+        with meter.making(), without_numbers():
             self.nets = build.build_nets(cfg, CPU)
         self.built = meter.peak
         self.opts = build.build_learners(self.nets, cfg)

@@ -68,9 +68,9 @@ def ended(result: tuple[int, str, str], *named: str) -> None:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Six captions; noise for the teacher's samples."""
-    monkeypatch.setattr(ablation, "Exam", partial(Exam, captions=4, new=1, placed=1))
-    noise = torch.rand(2, 48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    """Six captions of four images; noise for the teacher's samples."""
+    monkeypatch.setattr(ablation, "Exam", partial(Exam, captions=4, new=1, placed=1, samples=4))
+    noise = torch.rand(2, 24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(exam, "cached_samples", lambda fingerprint: list(2 * noise - 1))
 
 
@@ -124,6 +124,16 @@ def test_a_run_that_ends_badly_ends_the_command(command, small, tmp_path):
     assert not (tmp_path / "all-0.txt").exists()
 
 
+WITH_LITTLE_EXAM = """
+from functools import partial
+import torch
+from digits import ablation, exam
+ablation.Exam = partial(exam.Exam, captions=4, new=1, placed=1, samples=2)
+exam.cached_samples = lambda fingerprint: list(torch.rand(2, 12, 3, 16, 16))
+ablation.main()
+"""
+
+
 def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
     """Ctrl-C, which reaches the whole group: train.py saves and stops, within seconds; no student
     is examined before its end."""
@@ -131,7 +141,7 @@ def test_an_interrupted_ablation_stops_its_runs_which_continue(tmp_path):
     root = Path(ablation.__file__).parents[1]
     how = {"stderr": subprocess.PIPE, "text": True, "process_group": 0}
     how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # "&" has it ignored
-    call = [sys.executable, "-m", "digits.ablation", *flags]
+    call = [sys.executable, "-c", WITH_LITTLE_EXAM, *flags]
     run = subprocess.Popen(call, cwd=root, **how)
     log = tmp_path / "dmd-0" / "log.csv"
     for _ in range(600):

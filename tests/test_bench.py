@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import refused
-from small import SMALL
+from small import AROUND, SIZES
 
 import teachers
 import train
@@ -18,6 +18,10 @@ from schedule import Rng
 from teachers import FOUND, configure, find
 
 CPU = torch.device("cpu")
+ONE = {"backbone": replace(AROUND["backbone"], depth=2, hooks=())}  # one head of the discriminator
+REDUCED = {name: replace(sizes, **ONE) for name, sizes in SIZES.items()}
+FLUX = REDUCED["flux-dev"]  # a block of each kind
+REDUCED["flux-dev"] = replace(FLUX, denoiser=replace(FLUX.denoiser, double=1, single=1))
 
 
 def tiny(teacher="flux-dev", **flags):
@@ -29,8 +33,8 @@ def tiny(teacher="flux-dev", **flags):
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    for teacher, family in SMALL.items():
-        monkeypatch.setitem(teachers.FOUND, teacher, family)
+    for teacher, sizes in REDUCED.items():
+        monkeypatch.setitem(teachers.FOUND, teacher, find(teacher).resized(sizes))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -107,6 +107,7 @@ def test_a_reader_sees_ida_act_within_three_minutes(tmp_path, monkeypatch, capsy
     two = {name: scenario.variants[name] for name in ("vanilla", "IDA")}
     two = {name: replace(setting, iterations=300) for name, setting in two.items()}
     monkeypatch.setitem(SCENARIOS, "ida", lambda: replace(scenario, variants=two))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one worker: each takes seconds to start
     monkeypatch.setattr(sys, "argv", see[2:])
     plane.main()
     assert 4 * (sum(os.times()[:4]) - began) < 180

@@ -80,9 +80,9 @@ def test_real_scenes_pass_the_exam(exam):
 def test_ghosts_and_wrong_scenes_fail_the_exam(exam):
     """A quarter of another scene shining through is not clean; another caption's scene is not
     right."""
-    others = exam.real.roll(exam.samples, 0)
-    row = exam.row(0.75 * exam.real + 0.25 * others)
-    assert row["clean"] < 20 and row["fd"] > exam.row(exam.real)["fd"]
+    real, others = (x[:512] for x in (exam.real, exam.real.roll(exam.samples, 0)))
+    row = exam.row(0.75 * real + 0.25 * others)
+    assert row["clean"] < 20 and row["fd"] > exam.row(real)["fd"]
     assert exam.row(others)["accuracy"] < 25
 
 
@@ -107,6 +107,7 @@ def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     The student's own number of steps uses its own anchors."""
     small = Exam(2.0, captions=8, new=1, placed=1, samples=4)
     teacher = embedded()
+    teacher.joint_blocks = teacher.joint_blocks[-1:]  # how well it draws is no matter
     small.ask_teacher(teacher)
     assert len(small.floor) == 40 and small.reference.shape == (32, 96)
     rows = {row["name"]: row for row in exam_table(small, teacher, (1.0, 0.3), teacher)}

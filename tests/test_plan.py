@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import refused
-from small import SMALL, flux
+from small import AROUND, SIZES
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -24,16 +24,18 @@ from engine.plan import flops_of, mean_flops, measure
 from teachers import configure, find
 
 SIZE = (96, 64)  # rectangular
-WIDER = flux(guidance=True)
-WIDER = replace(WIDER, denoiser=replace(WIDER.denoiser, width=72, heads=4, axes=(2, 8, 8)))
-WIDER = find("flux-dev").resized(WIDER)
+ONE = {"backbone": replace(AROUND["backbone"], depth=2, hooks=())}  # one head of the discriminator
+WIDER = {"width": 72, "heads": 4, "axes": (2, 8, 8), "double": 1}
+REDUCED = {name: replace(sizes, **ONE) for name, sizes in SIZES.items()}
+FLUX = REDUCED["flux-dev"]
+REDUCED["flux-dev"] = replace(FLUX, denoiser=replace(FLUX.denoiser, **WIDER))
 EVERYTHING = {"size": SIZE, "batch": 2, "lr_warmup": 0, "w_gan": 1.0, "w_isg": 1.0}
 
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    for teacher, family in (SMALL | {"flux-dev": WIDER}).items():
-        monkeypatch.setitem(teachers.FOUND, teacher, family)
+    for teacher, sizes in REDUCED.items():
+        monkeypatch.setitem(teachers.FOUND, teacher, find(teacher).resized(sizes))
 
 
 def configured(teacher, **flags):

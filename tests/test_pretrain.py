@@ -6,13 +6,22 @@ from safetensors.torch import load
 
 from digits import pretrain
 from digits.judge import Judge
+from digits.scenes import DigitScenes
 from nets.vision import ViT
 from nets.weights import load_weights, read_metadata
 from teachers import find
 
 
+class Few(DigitScenes):
+    """What a network is judged by in the end are 64 scenes."""
+
+    def __call__(self, ids):
+        return super().__call__(ids[:64])
+
+
 @pytest.fixture
 def assets(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrain, "DigitScenes", Few)
     monkeypatch.setattr(pretrain, "ASSETS", tmp_path)
     monkeypatch.setattr(pretrain, "KEPT", tmp_path / "kept")
     return tmp_path
