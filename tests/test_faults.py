@@ -379,6 +379,38 @@ def test_a_planted_payload_does_not_run(two_saved, tmp_path, where):
     assert not ran.exists(), "it ran"
 
 
+@pytest.mark.parametrize("writer, reader", [("ours", "ours"), ("ours", "torch"), ("torch", "ours")])
+def test_a_tensor_of_any_kind_comes_back_as_it_was(tmp_path, writer, reader):
+    """Of no values, of one, of two bytes, out of order, large. What we write torch reads, and what
+    torch writes, as it did until 27 November 2026, we read: such a run goes on."""
+
+    def odd(seed: int):
+        nets, optimizers = small(seed)
+        nets["student"].weight.data = nets["student"].weight.data.T
+        made = [torch.rand(0, 3), torch.rand(3).bfloat16(), torch.rand(400, 100)[::2], seed > 5]
+        for name, value in zip(("none", "short", "large", "flag"), made, strict=True):
+            nets["student"].register_buffer(name, torch.as_tensor(value))
+        return nets, optimizers
+
+    place, wanted, found = tmp_path / "step-00000002", checkpoint.state_of(*odd(2)), odd(9)
+    if writer == "ours":
+        checkpoint.save_checkpoint(tmp_path, 2, *odd(2), {}, keep=1)
+    with checkpoint.quiet():
+        if writer == "torch":
+            checkpoint.dcp.save(wanted, checkpoint_id=place, no_dist=True)
+            (place / "extra.json").write_text('{"step": 2}')
+            (place / "digests.json").write_text(json.dumps(checkpoint.digests(place)))
+        if reader == "torch":
+            state = checkpoint.state_of(*found)
+            checkpoint.dcp.load(state, checkpoint_id=place, no_dist=True)
+        else:
+            assert checkpoint.load_checkpoint(tmp_path, *found) == ({"step": 2}, [])
+            state = checkpoint.state_of(*found)
+    found, wanted = (dict(checkpoint.tensors_of(x)) for x in (state, wanted))
+    assert len(wanted) == 12 and found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
 def test_what_is_not_finite_is_not_saved(two_saved, tmp_path):
     """A checkpoint of such weights is no good one: those before it stay."""
     folder = tmp_path / "checkpoints"
