@@ -157,19 +157,6 @@ def watched(opt):
     return seen, clear
 
 
-def small_setup(own: Path, **flags):
-    """As `setup`, of the small teacher; and its batch of a step."""
-    where = {"teacher": str(own / "mine.py"), "data": str(own / "pictures"), "size": (16, 32)}
-    cfg, nets, opts = setup(**where | {"workers": 0} | flags)
-    data = open_training_data(cfg, nets.family)
-
-    def batch(step):
-        ids = train.ids_of(cfg, step)
-        return train.load_batch(ids, data(ids), nets, cfg, CPU)
-
-    return cfg, nets, opts, batch
-
-
 def follow_sid(own: Path, out: Path | None, **flags) -> dict:
     """Weights of fake score and heads after two turns that move no student, with that loss and
     with the usual one."""
@@ -180,11 +167,13 @@ def follow_sid(own: Path, out: Path | None, **flags) -> dict:
                 train, "student_loss", through_both(run_block("def sid_loss")["sid_loss"])
             )
         how = {"lr": 0.0, "ida_decay": 1.0, "ttur": 1, "recompute": True}
-        cfg, nets, opts, batch = small_setup(own, **how, **flags)
+        cfg, nets, opts = setup(own, **how, **flags)
         if kind == "sid":  # the loss has a gradient in the fake score, and its turn begins with it
             seen, spy = watched(opts["fake"])
             opts["fake"].zero_grad = spy
-        logs = [train.train_step(step, batch(step), nets, opts, cfg) for step in range(2)]
+        logs = [
+            train.train_step(step, batch_of(step, nets, cfg), nets, opts, cfg) for step in range(2)
+        ]
         assert seen == [True, True] * 2 and any("gan" in log for log in logs)
         patch.undo()
         parts = {"fake": nets.fake, "heads": nets.disc.heads}
@@ -249,9 +238,9 @@ def test_a_new_isg_distance_is_a_line_of_its_table(tmp_path, x0, cond, rng):
     assert len(set(losses)) == 3 and losses[2] > 0
 
 
-def test_a_density_ratio_is_made_of_the_logits():
+def test_a_density_ratio_is_made_of_the_logits(own):
     """A softplus loss of logits, beside its closed form; the ratio is one per sample."""
-    cfg, nets, opts = setup()
+    cfg, nets, opts = setup(own)
     step, batch = judged_step(cfg, nets, learn=True)
     draw = train.draw_student(batch, nets, cfg, lambda *key: train.Rng(cfg.seed, step, *key))
     logits = nets.disc.logits(draw.reference, draw.text)
@@ -283,18 +272,18 @@ def test_anchors_as_numbers_or_tensors_are_the_same_bit_for_bit(kind, schedule, 
             assert torch.equal(anchor_at(TAUS, j, x0), anchor_at(kind(TAUS), j, x0))
 
 
-def test_each_sample_may_have_anchors_of_its_own(monkeypatch, x0, cond, rng):
+def test_each_sample_may_have_anchors_of_its_own(own, monkeypatch, x0, cond, rng):
     """Jittered ones: each sample is where it would be alone; and train_step takes them."""
     jitter, student = run_block("def jitter")["jitter"], Linear()
     taus = jitter(TAUS, 0.1, x0, rng("jitter"))
     assert taus.shape == (4, 3) and (taus[:-1] > taus[1:]).all() and (taus[0] == 1).all()
     x_t, i = student_input(student, x0, cond, taus, rng("input", step=2))
     for b in range(3):
-        alone, own = rng("input", step=2), {"c": cond["c"][b : b + 1]}
+        alone, words = rng("input", step=2), {"c": cond["c"][b : b + 1]}
         alone.own = alone.own[b : b + 1]
-        one, _ = student_input(student, x0[b : b + 1], own, taus[:, b].tolist(), alone)
+        one, _ = student_input(student, x0[b : b + 1], words, taus[:, b].tolist(), alone)
         torch.testing.assert_close(x_t[b : b + 1], one)
-    cfg, nets, opts = setup()
+    cfg, nets, opts = setup(own)
     moved = jitter(
         train.anchors(cfg, nets.student.schedule), 0.05, torch.empty(3, 1), rng("jitter")
     )
@@ -379,7 +368,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_any_optimizer(name,
     flags = {"optimizer": name, "ttur": 1, "lr_warmup": 3, "disc_channels": 16, "w_gan": 0.1}
     ends = []
     for part in ("first", "resumed"):
-        cfg, nets, opts, batch = small_setup(own, **flags)
+        cfg, nets, opts = setup(own, **flags)
         saved = nets.trained(), {name: opt.optimizers for name, opt in opts.items()}
         kinds = [type(o).__name__ for opt in opts.values() for o in opt.optimizers]
         assert kinds == OPTIMIZERS[name]
@@ -391,7 +380,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_any_optimizer(name,
         for step in range(0 if part == "first" else 1, 2):
             if (part, step) == ("first", 1):
                 checkpoint.save_checkpoint(tmp_path, 1, *saved, {}, keep=1)
-            log = train.train_step(step, batch(step), nets, opts, cfg)
+            log = train.train_step(step, batch_of(step, nets, cfg), nets, opts, cfg)
             for opt in (opts["student"], opts["fake"]):
                 rates = {group["lr"] for group in opt.groups()}
                 assert rates == {train.lr_factor(step, cfg) * opt.lr}
