@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import processes
@@ -33,6 +34,7 @@ FULL = {  # manifest, prefix in it, the format that most programs read
 }
 
 
+@cache
 def at_full_size(teacher, rank):
     """The base and one view, on the meta device."""
     family = find(teacher)
