@@ -300,7 +300,7 @@ def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
             torch.testing.assert_close(tensor, again[name])
 
 
-@pytest.mark.parametrize("teacher", ["flux-dev", "sdxl"])
+@pytest.mark.parametrize("teacher", ["flux-dev", "klein", "sdxl"])
 def test_training_from_a_cache_is_training_without_one(folder, pictures, tmp_path, teacher):
     """The same losses, to rounding (captions are encoded in other company), when the text encoders'
     files are gone."""
@@ -311,7 +311,7 @@ def test_training_from_a_cache_is_training_without_one(folder, pictures, tmp_pat
     _, plain = learned(cfg, 2)
     cfg, family = dataclasses.replace(cfg, cache=str(tmp_path / "cache")), find(teacher)
     fill_cache(cfg, family, open_training_data(cfg, family), CPU)
-    text = [part for part in OFFICIAL[teacher] if part[:4] in ("clip", "t5", "t5_t")]
+    text = [part for part in OFFICIAL[teacher] if part[:4] in ("clip", "t5", "t5_t", "llm", "llm_")]
     names = {file for part in text for file in OFFICIAL[teacher][part].files}
     for file in names - {*OFFICIAL[teacher]["denoiser"].files}:
         (place / file).unlink()
