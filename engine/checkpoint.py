@@ -2,6 +2,7 @@
 
     save_checkpoint   into a temporary folder, with digests of what was written, renamed
     load_checkpoint   the newest sound one, on any number of ranks
+    Writer            torch's, for thousands of small tensors
     Reader, Planner   nothing that is read can run: only what a checkpoint of ours is made of
 
 A checkpoint is a folder `step-N` with the tensors, `extra.json`, and `digests.json`, written last:
@@ -16,6 +17,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,15 +26,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from config import Refusal
 from engine.ranks import on_all_ranks, rank, reason, world
@@ -75,8 +79,8 @@ def save_checkpoint(
 
     def write() -> dict[str, str]:
         """Digests of this rank's files."""
-        writer = dcp.FileSystemWriter(part)
-        writer.fs = files = DigestedFiles()
+        writer = Writer(part)
+        files = writer.fs
         try:
             with quiet():
                 dcp.save(state, storage_writer=writer, no_dist=alone)
@@ -273,6 +277,55 @@ def quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
+# --- many small tensors --------------------------------------------------------------------------
+
+
+class Writer(dcp.FileSystemWriter):
+    """What is written is torch's format. torch makes a zip archive for each tensor, in which a
+    small one, as most are, takes ten times as long as its digest."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.fs = DigestedFiles()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        """All that is this rank's, in one file."""
+        name, written, done = f"{plan.storage_data.prefix}0.distcp", [], Future()
+        with self.fs.create_stream(self.path / name, "wb") as file:
+            for item in plan.items:
+                start, value = file.tell(), planner.resolve_data(item)
+                if isinstance(value, io.BytesIO):  # what is no tensor
+                    file.write(value.getbuffer())
+                else:
+                    write_tensor(value.detach().cpu(), file)
+                length = file.tell() - start
+                written.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+        done.set_result(written)
+        return done
+
+
+SMALL = 1 << 16  # bytes
+PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
+
+
+def write_tensor(tensor: torch.Tensor, file: io.BufferedWriter) -> None:
+    """As torch.load reads it."""
+    if tensor.nbytes <= SMALL and tensor.dtype in PLAIN:
+        file.write(ahead_of_values(tensor.shape, tensor.dtype))
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+    else:
+        alone = tensor.nbytes == tensor.untyped_storage().nbytes()  # else all of that is written
+        torch.save(tensor if alone else tensor.clone(), file)
+
+
+@cache
+def ahead_of_values(shape: torch.Size, dtype: torch.dtype) -> bytes:
+    """What the format that torch.save had before its archives begins with. The values end it."""
+    whole, tensor = io.BytesIO(), torch.zeros(shape, dtype=dtype)
+    torch.save(tensor, whole, _use_new_zipfile_serialization=False)
+    return whole.getvalue()[: len(whole.getvalue()) - tensor.nbytes]
+
+
 # --- nothing that is read can run ----------------------------------------------------------------
 
 # torch.distributed.checkpoint keeps its table of contents as a pickle, which can name any function
@@ -313,6 +366,13 @@ class Reader(dcp.FileSystemReader):
             found = Contents(file).load()
         found.storage_meta.load_id = self.load_id
         return found
+
+    def _slice_file(self, file: io.BufferedReader, place: _StorageInfo) -> io.IOBase:
+        """torch reads a part of a file in a dozen steps, each of which is looked after."""
+        if place.length > 2 * SMALL:
+            return super()._slice_file(file, place)
+        file.seek(place.offset)
+        return io.BytesIO(file.read(place.length))
 
 
 class Planner(DefaultLoadPlanner):

@@ -149,10 +149,11 @@ def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None
         reader = csv.DictReader(file)
         rows, shown = list(reader), panels(reader.fieldnames, exams)
     lines = max(1, math.ceil(len(shown) / 4))
-    figure, axes = plt.subplots(lines, 4, figsize=(16, 3.25 * lines), squeeze=False)
+    figure = plt.figure(figsize=(16, 3.25 * lines))
     inch = 1 / (3.25 * lines)
     figure.subplots_adjust(0.04, 0.55 * inch, 0.99, 1 - 0.35 * inch, wspace=0.2, hspace=0.4)
-    for axis, names in zip(axes.flat, shown, strict=False):
+    for k, names in enumerate(shown):
+        axis = figure.add_subplot(lines, 4, k + 1)
         for name in names.split():
             examined = exams and name in exams[0]
             source = exams if examined else [row for row in rows if row.get(name)]
@@ -162,12 +163,12 @@ def curves(path: Path, log: Path, exams: list[dict], level: dict | None) -> None
                 (line,) = axis.plot(*zip(*points, strict=True), label=name, **style)
                 if examined:
                     axis.axhline(level[name], color=line.get_color(), linestyle="--", linewidth=0.8)
-        axis.set_title(names.replace(" ", ", ").replace("fd", "FD-T, few images"))
+        title = names.replace(" ", ", ").replace("fd", "FD-T, few images")
+        axis.set_title(title, y=1.0)  # where it is anyway, but looked for in each tick
         axis.set_xlabel("iteration")
+        axis.locator_params(nbins=5)
         if " " in names and axis.lines:
             axis.legend()
-    for axis in axes.flat[len(shown) :]:
-        axis.axis("off")
     with whole(path) as part:
         figure.savefig(part, dpi=75, format="png")
     plt.close(figure)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from own import flags_of
 from PIL import Image
 from small import embedded
 
@@ -77,11 +78,12 @@ def test_train_refuses_an_unusable_folder(command, tmp_path):
     refused(command(train, "--out", tmp_path), "config.json", "--overwrite")
 
 
-def test_train_refuses_a_folder_of_another_configuration(command, tmp_path):
+def test_train_refuses_a_folder_of_another_configuration(command, own, tmp_path):
     """Names the fields; housekeeping may change; --overwrite starts anew."""
-    flags = ["--steps", 2, "--batch", 2, "--no-table", "--exam-every", 0, "--out", tmp_path]
+    flags = ["--steps", 2, "--batch", 2, "--no-gan", "--exam-every", 0, "--out", tmp_path]
+    flags += flags_of(own)
     assert command(train, *flags)[0] == 0
-    refused(command(train, *flags, "--lr", 1e-3), "lr: 0.00015 -> 0.001", "--overwrite")
+    refused(command(train, *flags, "--lr", 1e-3), "lr: 0.0001 -> 0.001", "--overwrite")
     assert command(train, *flags, "--keep", 5)[0] == 0
     assert command(train, *flags, "--lr", 1e-3, "--overwrite")[0] == 0
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 1e-3

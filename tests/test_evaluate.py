@@ -5,13 +5,13 @@ import copy
 import gc
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -104,6 +104,9 @@ def flags(student, weights, prompts):
     ]
 
 
+FEW = ["--n", 16]  # images, where none is measured
+
+
 def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
 
@@ -188,41 +191,47 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, flags, weights, tm
     assert row["precision"] == row["recall"] == [1, 0]
 
 
-@pytest.mark.filterwarnings("ignore:.*do not span")
-def test_an_interrupted_evaluation_draws_only_what_is_missing(run, flags, student):
+def test_an_interrupted_evaluation_draws_only_what_is_missing(flags, student):
     """Images gone, one cut short while it was written, one of other settings: these are drawn anew
     and are what they were; the others' files are not touched."""
-    assert run(*flags)[0] == 0
+    flags = [*flags, *FEW]
+    draw(flags)
     images = student.parent / "evaluation" / "images"
     whole, before = files_of(images), times_of(images)
     (images / "teacher-3" / "000004.png").unlink()
-    (images / "student-2" / "000023.png").rename(images / "student-2" / "000023.part.png")
+    (images / "student-2" / "000015.png").rename(images / "student-2" / "000015.part.png")
     (images / "student-1" / "000007.png").write_bytes(whole["student-1/000006.png"])
-    assert run(*flags)[0] == 0
-    (images / "student-2" / "000023.part.png").unlink(missing_ok=True)
+    draw(flags)
+    (images / "student-2" / "000015.part.png").unlink(missing_ok=True)
     assert files_of(images) == whole
     after = times_of(images)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"teacher-3/000004.png", "student-2/000023.png", "student-1/000007.png"}
+    assert changed == {"teacher-3/000004.png", "student-2/000015.png", "student-1/000007.png"}
     before = times_of(images)
-    assert run(*flags, "--guidance", 7)[0] == 0
+    draw([*flags, "--guidance", 7])
     after = times_of(images)
     assert {name.split("/")[0] for name in before if before[name] != after[name]} == {
         *("teacher-2", "teacher-3")
     }, "only the teacher is guided"
 
 
-def test_images_are_of_this_student_and_this_teacher(run, flags, student, tmp_path):
+def draw(flags):
+    """All that evaluate.py does before it measures."""
+    evaluate.draw_missing(planned(flags), torch.device("cpu"))
+
+
+def test_images_are_of_this_student_and_this_teacher(flags, student, tmp_path):
     """Another file in the same place is noticed; another teacher may be given as a file."""
+    flags = [*flags, *FEW]
     task = planned(flags)
     evaluate.draw_missing(task, torch.device("cpu"))
     assert not any(evaluate.missing_images(task, s) for s in task.samplings)
     make_student(student.parent, random(Flux(TINY.sizes.denoiser, Flow()), 10))
-    assert [len(evaluate.missing_images(task, s)) for s in task.samplings] == [0, 0, 24, 24]
+    assert [len(evaluate.missing_images(task, s)) for s in task.samplings] == [0, 0, 16, 16]
     other = tmp_path / "other.safetensors"
     save_weights(random(Flux(TINY.sizes.denoiser, Flow()), 11), other, torch.float32, {})
     task = planned([*flags, "--teacher", other])
-    assert [len(evaluate.missing_images(task, s)) for s in task.samplings] == [24, 24, 24, 24]
+    assert [len(evaluate.missing_images(task, s)) for s in task.samplings] == [16, 16, 16, 16]
     evaluate.draw_missing(task, torch.device("cpu"))
     assert not any(evaluate.missing_images(task, s) for s in task.samplings)
 
@@ -242,13 +251,13 @@ def test_ranks_share_the_images_and_draw_what_one_would(flags, tmp_path):
     level of 255."""
     for world, batch in ((1, 1), (2, 1), (3, 5)):
         out = tmp_path / f"{world}"
-        task = planned([*flags, "--out", out, "--batch", batch])
+        task = planned([*flags, *FEW, "--steps", 2, "--out", out, "--batch", batch])
         shares = [evaluate.missing_images(task, task.samplings[0], r, world) for r in range(world)]
-        assert sorted(k for share in shares for k in share) == list(range(24))
+        assert sorted(k for share in shares for k in share) == list(range(16))
         for rank in range(world):
             evaluate.draw_missing(task, torch.device("cpu"), rank, world)
     one, two, three = (files_of(tmp_path / f"{world}" / "images") for world in (1, 2, 3))
-    assert len(one) == 4 * 24 and one == two and one.keys() == three.keys()
+    assert len(one) == 3 * 16 and one == two and one.keys() == three.keys()
     for name in one:
         few, many = (np.asarray(Image.open(tmp_path / w / "images" / name)) for w in "13")
         assert np.abs(few.astype(int) - many.astype(int)).max() <= 1
@@ -264,9 +273,9 @@ def test_encoders_are_gone_before_a_denoiser_comes_and_that_before_the_next(flag
 
     monkeypatch.setattr("engine.drawing.load_net", watched)
     gc.collect()  # what other tests left
-    evaluate.draw_missing(planned(flags), torch.device("cpu"))
+    draw([*flags, *FEW])
     assert loaded == [("teacher", []), ("student", [])]
-    evaluate.draw_missing(planned(flags), torch.device("cpu"))
+    draw([*flags, *FEW])
     assert len(loaded) == 2, "where nothing is missing nothing is loaded"
 
 
@@ -314,7 +323,7 @@ def test_preferences_are_scored_where_their_files_are_given(run, flags, scorers,
         assert title in out and rows[0][title][0] != rows[3][title][0]
     assert abs(clip_score_of(made, weights, "hps.pt.safetensors") - scores["HPSv2"]) > 1e-3
     before = (weights / "hps.pt.safetensors").stat().st_mtime_ns
-    assert run(*flags)[0] == 0
+    planned(flags)
     assert (weights / "hps.pt.safetensors").stat().st_mtime_ns == before
 
 
@@ -476,20 +485,17 @@ def test_captions_come_from_a_folder_of_images_too(flags, tmp_path):
     assert planned(given).prompts == PROMPTS
 
 
-def test_torchrun_shares_the_work(tmp_path):
-    """Two processes on the embedded teacher: one of them prints, every image is there."""
+def main_of(flags):
+    sys.argv = ["evaluate.py", *map(str, flags)]
+    evaluate.main()
+
+
+def test_two_ranks_share_the_work(tmp_path):
+    """On the embedded teacher: one of them prints, every image is there."""
     same = make_student(tmp_path, embedded(), "digits", size=(16, 16))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     (tmp_path / "digits.txt").write_text("a digit and a one\na red two above a digit\n" * 4)
-    flags = ["--prompts", str(tmp_path / "digits.txt"), "--images", "32", "--teacher-steps", "2"]
-    flags += ["--steps", "1", "--resamples", "2"]
-    run = subprocess.run(
-        [*torchrun, "--nproc_per_node", "2", "evaluate.py", "--student", str(same), *flags],
-        cwd=os.path.dirname(evaluate.__file__),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("| teacher 2 ") == 1, "one process prints"
+    flags = ["--prompts", tmp_path / "digits.txt", "--images", 32, "--teacher-steps", 2]
+    flags += ["--student", same, "--steps", 1, "--resamples", 2]
+    processes.finish(main_of, 2, tmp_path / "printed.txt", flags)
+    assert (tmp_path / "printed.txt").read_text().count("| teacher 2 ") == 1, "one process prints"
     assert len(files_of(tmp_path / "evaluation" / "images")) == 2 * 32

@@ -21,6 +21,7 @@ import processes
 import pytest
 import torch
 from conftest import refused
+from own import flags_of
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small import SMALL, make_official
@@ -379,6 +380,38 @@ def test_a_planted_payload_does_not_run(two_saved, tmp_path, where):
     assert not ran.exists(), "it ran"
 
 
+@pytest.mark.parametrize("writer, reader", [("ours", "ours"), ("ours", "torch"), ("torch", "ours")])
+def test_a_tensor_of_any_kind_comes_back_as_it_was(tmp_path, writer, reader):
+    """Of no values, of one, of two bytes, out of order, large. What we write torch reads, and what
+    torch writes, as it did until 27 November 2026, we read: such a run goes on."""
+
+    def odd(seed: int):
+        nets, optimizers = small(seed)
+        nets["student"].weight.data = nets["student"].weight.data.T
+        made = [torch.rand(0, 3), torch.rand(3).bfloat16(), torch.rand(400, 100)[::2], seed > 5]
+        for name, value in zip(("none", "short", "large", "flag"), made, strict=True):
+            nets["student"].register_buffer(name, torch.as_tensor(value))
+        return nets, optimizers
+
+    place, wanted, found = tmp_path / "step-00000002", checkpoint.state_of(*odd(2)), odd(9)
+    if writer == "ours":
+        checkpoint.save_checkpoint(tmp_path, 2, *odd(2), {}, keep=1)
+    with checkpoint.quiet():
+        if writer == "torch":
+            checkpoint.dcp.save(wanted, checkpoint_id=place, no_dist=True)
+            (place / "extra.json").write_text('{"step": 2}')
+            (place / "digests.json").write_text(json.dumps(checkpoint.digests(place)))
+        if reader == "torch":
+            state = checkpoint.state_of(*found)
+            checkpoint.dcp.load(state, checkpoint_id=place, no_dist=True)
+        else:
+            assert checkpoint.load_checkpoint(tmp_path, *found) == ({"step": 2}, [])
+            state = checkpoint.state_of(*found)
+    found, wanted = (dict(checkpoint.tensors_of(x)) for x in (state, wanted))
+    assert len(wanted) == 12 and found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
 def test_what_is_not_finite_is_not_saved(two_saved, tmp_path):
     """A checkpoint of such weights is no good one: those before it stay."""
     folder = tmp_path / "checkpoints"
@@ -418,16 +451,18 @@ def test_ctrl_c_inside_a_save_is_no_full_disk(tmp_path, monkeypatch):
 
 # --- a run's folder ------------------------------------------------------------------------------
 
-FLAGS = ("--batch", 2, "--ttur", 1, "--no-gan", "--no-isg", "--no-table", "--exam-every", 0)
+FLAGS = ("--batch", 2, "--ttur", 1, "--no-gan", "--no-isg", "--exam-every", 0)
 FLAGS += ("--ema", 0, "--lr-final", 1, "--lr-warmup", 0, "--save-every", 1, "--keep", 1)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(own, tmp_path_factory):
     """A run of one iteration."""
     out = tmp_path_factory.mktemp("finished") / "run"
     printed = out.with_suffix(".txt")
-    processes.finish(processes.command, 0, printed, [*FLAGS, "--steps", 1, "--out", out])
+    processes.finish(
+        processes.command, 0, printed, [*flags_of(own), *FLAGS, "--steps", 1, "--out", out]
+    )
     return out
 
 
@@ -441,17 +476,21 @@ def everything(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
-def test_a_finished_run_may_be_given_more_steps_in_another_place(command, copy, monkeypatch):
+def test_a_finished_run_may_be_given_more_steps_in_another_place(own, command, copy, monkeypatch):
     """With its configuration emptied by a full disk, which its checkpoint still knows."""
     (copy / "config.json").write_text("")
     moved = copy.with_name("moved")
     os.rename(copy, moved)
     monkeypatch.setattr(train, "finish", lambda *_: None)
-    code, out, err = command(train, *FLAGS, "--steps", 2, "--out", moved)
+    code, out, err = command(train, *flags_of(own), *FLAGS, "--steps", 2, "--out", moved)
     assert code == 0 and "continuing, steps 1 to 2" in out + err, err
     assert [row["step"] for row in LogFile(moved / "log.csv", 9).rows()] == ["0", "1"]
     assert json.loads((moved / "config.json").read_text())["steps"] == 2
-    refused(command(train, *FLAGS, "--steps", 1, "--out", moved), "steps: 2 -> 1", "not fewer")
+    refused(
+        command(train, *flags_of(own), *FLAGS, "--steps", 1, "--out", moved),
+        "steps: 2 -> 1",
+        "not fewer",
+    )
 
 
 def test_more_steps_are_refused_where_the_learning_rate_falls_over_them():
@@ -462,10 +501,10 @@ def test_more_steps_are_refused_where_the_learning_rate_falls_over_them():
     assert differences(was, configure(lr_final=1.0, steps=9)) == []
 
 
-def test_overwrite_deletes_nothing_before_the_networks_stand(command, copy, monkeypatch):
+def test_overwrite_deletes_nothing_before_the_networks_stand(own, command, copy, monkeypatch):
     """A mistake elsewhere is refused first; and so is a folder that another run holds."""
     before = everything(copy)
-    flags = (*FLAGS, "--steps", 1, "--out", copy, "--overwrite")
+    flags = (*flags_of(own), *FLAGS, "--steps", 1, "--out", copy, "--overwrite")
     refused(command(train, *flags, "--optimizer", "torch.optim.Nobody"), "Nobody")
     monkeypatch.setattr("engine.build.load_roles", gone)
     refused(command(train, *flags), "it is gone")
@@ -583,11 +622,12 @@ def test_a_run_with_other_weights_is_refused_naming_both(tmp_path, weights):
         check_purpose(tmp_path, about | {"parts": {"clip_l": other}})
 
 
-def test_a_run_keeps_what_it_was_made_of(finished):
+def test_a_run_keeps_what_it_was_made_of(own, finished):
     """In config.json and in the student's file."""
     parts = json.loads((finished / "config.json").read_text())["parts"]
-    files = find("digits").locate()
-    assert parts == {part: identity(paths) for part, paths in files.items()}
+    family = find(str(own / "mine.py"))
+    files = family.locate(disc=False)
+    assert parts == {part: identity(paths, family.prefix(part)) for part, paths in files.items()}
     with open_weights(finished / "student.safetensors") as file:
         about = json.loads(file.metadata()["parts"])
     assert about == {part: x["digest"] for part, x in parts.items()}
@@ -649,7 +689,7 @@ def test_a_signal_is_heeded_when_an_iteration_ends_and_elsewhere_at_once():
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_loading_is_one_line(command, tmp_path, monkeypatch, number, code):
+def test_a_signal_while_loading_is_one_line(own, command, tmp_path, monkeypatch, number, code):
     """And leaves nothing."""
 
     def load(*_):
@@ -657,12 +697,12 @@ def test_a_signal_while_loading_is_one_line(command, tmp_path, monkeypatch, numb
         time.sleep(1)
 
     monkeypatch.setattr("train.build_nets", load)
-    said = command(train, *FLAGS, "--steps", 1, "--out", tmp_path / "run")
+    said = command(train, *flags_of(own), *FLAGS, "--steps", 1, "--out", tmp_path / "run")
     assert said[0] == code and said[2] == "train.py: stopped\n", said
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_in_a_step_saves_and_one_after_the_last_is_heeded(command, copy, monkeypatch):
+def test_a_signal_in_a_step_saves_and_one_after_the_last_is_heeded(own, command, copy, monkeypatch):
     """The run stops saved, and its end is made by the same command."""
     step = train.train_step
 
@@ -672,7 +712,7 @@ def test_a_signal_in_a_step_saves_and_one_after_the_last_is_heeded(command, copy
         return step(*given)
 
     monkeypatch.setattr(train, "train_step", stopped)
-    flags = (*FLAGS, "--steps", 2, "--save-every", 9, "--out", copy)
+    flags = (*flags_of(own), *FLAGS, "--steps", 2, "--save-every", 9, "--out", copy)
     code, out, err = command(train, *flags)
     assert code == 0 and "stopped by SIGINT after step 2, saved" in out + err, err
     end = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1)  # noqa: E731

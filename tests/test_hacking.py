@@ -2,7 +2,7 @@
 
 import csv
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Linear, refused
+from own import flags_of
 from PIL import Image
-from small import SMALL, embedded, make_official
+from small import SMALL, make_official
+from test_teachers import learned, settings
 from test_train import CPU, batch_of, judged_step, setup
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -24,12 +26,13 @@ from config import Config, keys_of
 from discriminator import Discriminator
 from dmd import dmd_loss, student_input
 from engine import checkpoint, ranks
-from engine.build import build_optimizers
+from engine.batch import fill_cache
+from engine.build import build_optimizers, open_training_data
 from engine.pictures import panels
 from engine.run import LogFile
 from measure import scorers
 from schedule import Flow, anchor_at, draw_t, guided, normal, sample_ode, uniform
-from teachers import configure
+from teachers import configure, find
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "hacking.md").read_text()
@@ -102,7 +105,7 @@ def test_a_log_grows_by_what_is_noted_and_loses_nothing(tmp_path):
     ]
 
 
-def test_a_noted_value_is_in_the_log_the_board_and_the_curves(monkeypatch, command, tmp_path):
+def test_a_noted_value_is_in_the_log_the_board_and_the_curves(monkeypatch, command, own, tmp_path):
     """Noted in a loss, and returned by the step; no list names either."""
     drawn, board = [], []
     loss, step = train.student_loss, train.train_step
@@ -119,8 +122,8 @@ def test_a_noted_value_is_in_the_log_the_board_and_the_curves(monkeypatch, comma
     monkeypatch.setattr(train, "train_step", lambda *given: step(*given) | {"seconds": 1.5})
     monkeypatch.setattr(train, "open_board", lambda *given: Board())
     monkeypatch.setattr("engine.pictures.panels", lambda *given: drawn.extend(panels(*given)) or [])
-    flags = ("--steps", 2, "--batch", 2, "--exam-every", 0, "--no-table", "--out", tmp_path)
-    assert command(train, *flags)[0] == 0
+    flags = ("--steps", 2, "--batch", 2, "--exam-every", 0, "--out", tmp_path)
+    assert command(train, *flags_of(own), *flags)[0] == 0
     rows = read(tmp_path / "log.csv")
     assert float(rows[0]["spread"]) > 0 and rows[1]["spread"] == "" and rows[1]["seconds"] == "1.5"
     assert {"spread", "seconds"} <= {*board} and {"spread", "seconds"} <= {*drawn}
@@ -154,7 +157,7 @@ def watched(opt):
     return seen, clear
 
 
-def follow_sid(out: Path | None, **flags) -> dict:
+def follow_sid(own: Path, out: Path | None, **flags) -> dict:
     """Weights of fake score and heads after two turns that move no student, with that loss and
     with the usual one."""
     patch, kept = pytest.MonkeyPatch(), {}
@@ -163,7 +166,8 @@ def follow_sid(out: Path | None, **flags) -> dict:
             patch.setattr(
                 train, "student_loss", through_both(run_block("def sid_loss")["sid_loss"])
             )
-        cfg, nets, opts = setup(lr=0.0, ida_decay=1.0, ttur=1, **flags)
+        how = {"lr": 0.0, "ida_decay": 1.0, "ttur": 1, "recompute": True}
+        cfg, nets, opts = setup(own, **how, **flags)
         if kind == "sid":  # the loss has a gradient in the fake score, and its turn begins with it
             seen, spy = watched(opts["fake"])
             opts["fake"].zero_grad = spy
@@ -179,26 +183,26 @@ def follow_sid(out: Path | None, **flags) -> dict:
     return kept
 
 
-def follow_on_ranks(out: Path) -> None:
+def follow_on_ranks(own: Path, out: Path) -> None:
     with processes.ranks_of_torchrun():
-        follow_sid(out / "sid", shard="fsdp")
+        follow_sid(own, out / "sid", shard="fsdp")
         for shard in ("fsdp", "ddp"):
             step_of_muon(out / shard, shard)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(own, tmp_path_factory):
     """What two ranks make of it; they start once."""
     out = tmp_path_factory.mktemp("ranks")
-    processes.finish(follow_on_ranks, 2, out / "printed.txt", out)
+    processes.finish(follow_on_ranks, 2, out / "printed.txt", own, out)
     return {name: torch.load(out / name) for name in ("sid", "fsdp", "ddp")}
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_loss_through_the_fake_score_leaves_nothing_in_its_update(shards, request):
+def test_a_loss_through_the_fake_score_leaves_nothing_in_its_update(own, shards, request):
     """Score identity distillation and a loss through the heads, recomputed blocks; the student
     stands still, so that fake score and discriminator must learn the same bit for bit."""
-    kept = request.getfixturevalue("two_ranks")["sid"] if shards else follow_sid(None)
+    kept = request.getfixturevalue("two_ranks")["sid"] if shards else follow_sid(own, None)
     for name, tensors in kept["sid"].items():
         for x, y in zip(tensors, kept["usual"][name], strict=True):
             assert torch.equal(x, y), name
@@ -234,9 +238,9 @@ def test_a_new_isg_distance_is_a_line_of_its_table(tmp_path, x0, cond, rng):
     assert len(set(losses)) == 3 and losses[2] > 0
 
 
-def test_a_density_ratio_is_made_of_the_logits():
+def test_a_density_ratio_is_made_of_the_logits(own):
     """A softplus loss of logits, beside its closed form; the ratio is one per sample."""
-    cfg, nets, opts = setup()
+    cfg, nets, opts = setup(own)
     step, batch = judged_step(cfg, nets, learn=True)
     draw = train.draw_student(batch, nets, cfg, lambda *key: train.Rng(cfg.seed, step, *key))
     logits = nets.disc.logits(draw.reference, draw.text)
@@ -268,18 +272,18 @@ def test_anchors_as_numbers_or_tensors_are_the_same_bit_for_bit(kind, schedule, 
             assert torch.equal(anchor_at(TAUS, j, x0), anchor_at(kind(TAUS), j, x0))
 
 
-def test_each_sample_may_have_anchors_of_its_own(monkeypatch, x0, cond, rng):
+def test_each_sample_may_have_anchors_of_its_own(own, monkeypatch, x0, cond, rng):
     """Jittered ones: each sample is where it would be alone; and train_step takes them."""
     jitter, student = run_block("def jitter")["jitter"], Linear()
     taus = jitter(TAUS, 0.1, x0, rng("jitter"))
     assert taus.shape == (4, 3) and (taus[:-1] > taus[1:]).all() and (taus[0] == 1).all()
     x_t, i = student_input(student, x0, cond, taus, rng("input", step=2))
     for b in range(3):
-        alone, own = rng("input", step=2), {"c": cond["c"][b : b + 1]}
+        alone, words = rng("input", step=2), {"c": cond["c"][b : b + 1]}
         alone.own = alone.own[b : b + 1]
-        one, _ = student_input(student, x0[b : b + 1], own, taus[:, b].tolist(), alone)
+        one, _ = student_input(student, x0[b : b + 1], words, taus[:, b].tolist(), alone)
         torch.testing.assert_close(x_t[b : b + 1], one)
-    cfg, nets, opts = setup()
+    cfg, nets, opts = setup(own)
     moved = jitter(
         train.anchors(cfg, nets.student.schedule), 0.05, torch.empty(3, 1), rng("jitter")
     )
@@ -326,10 +330,8 @@ def test_the_discriminator_reads_any_backbone(command, tmp_path):
     assert any(row["disc"] for row in read(tmp_path / "out" / "log.csv"))
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_with_a_cache_and_without_the_backbone_may_be_another(
-    cache, monkeypatch, command, tmp_path
-):
+@pytest.mark.parametrize("cached", [False, True])
+def test_with_a_cache_and_without_the_backbone_may_be_another(cached, monkeypatch, tmp_path):
     """SDXL at a width of a dozen channels, from files, in bf16."""
     edges, family = run_block("class Edges")["Edges"], SMALL["sdxl"]
     monkeypatch.setitem(teachers.FOUND, "sdxl", family)
@@ -341,12 +343,13 @@ def test_with_a_cache_and_without_the_backbone_may_be_another(
         pixels = np.random.default_rng(k).integers(0, 256, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{k}.png")
         (tmp_path / "data" / f"{k}.txt").write_text(f"a red fox {k}")
-    flags = ["--teacher", "sdxl", "--weights", tmp_path / "files", "--data", tmp_path / "data"]
-    flags += ["--size", 32, 48, "--batch", 2, "--steps", 3, "--workers", 0, "--exam-every", 0]
-    flags += ["--out", tmp_path / "out", *(("--cache", tmp_path / "cache") if cache else ())]
-    code, _, err = command(train, *flags)
-    assert code == 0, err
-    assert all(float(row["disc"]) > 0 for row in read(tmp_path / "out" / "log.csv"))
+    cfg = settings("sdxl", lambda _: tmp_path / "files", tmp_path / "data", w_gan=1.0)
+    cache = None
+    if cached:
+        cfg = replace(cfg, cache=str(tmp_path / "cache"))
+        cache = fill_cache(cfg, family, open_training_data(cfg, family), CPU)
+    _, noted = learned(cfg, 2, cache)
+    assert all(values["disc"] > 0 for values in noted)
 
 
 # --- optimizers ----------------------------------------------------------------------------------
@@ -359,13 +362,13 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_interrupted_run_equals_an_uninterrupted_one_with_any_optimizer(name, tmp_path):
+def test_an_interrupted_run_equals_an_uninterrupted_one_with_any_optimizer(name, own, tmp_path):
     """A step, saved, and another; against a fresh start that loads them. Every weight is in one
     optimizer, and all follow the learning rate."""
     flags = {"optimizer": name, "ttur": 1, "lr_warmup": 3, "disc_channels": 16, "w_gan": 0.1}
     ends = []
     for part in ("first", "resumed"):
-        cfg, nets, opts = setup(**flags)
+        cfg, nets, opts = setup(own, **flags)
         saved = nets.trained(), {name: opt.optimizers for name, opt in opts.items()}
         kinds = [type(o).__name__ for opt in opts.values() for o in opt.optimizers]
         assert kinds == OPTIMIZERS[name]
@@ -389,9 +392,15 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_any_optimizer(name,
         assert torch.equal(x, y)
 
 
+def untrained() -> torch.nn.Module:
+    """Of the embedded teacher's kind, half as wide and less deep."""
+    torch.manual_seed(0)
+    return find("digits").scaled(0.5, 2).build(1.0)
+
+
 def step_of_muon(out: Path | None, shard: str = "auto") -> list[torch.Tensor]:
-    """The embedded teacher's weights after a step from random gradients."""
-    net, draw = embedded(), torch.Generator().manual_seed(0)
+    """A network's weights after a step from random gradients."""
+    net, draw = untrained(), torch.Generator().manual_seed(0)
     if mesh := ranks.choose_mesh(shard, 0, CPU):
         state = net.state_dict()
         ranks.shard(net, mesh, CPU, bf16=False)
@@ -413,7 +422,7 @@ def step_of_muon(out: Path | None, shard: str = "auto") -> list[torch.Tensor]:
 def test_muon_on_two_ranks_equals_muon_on_one(two_ranks, shard, tolerance):
     """From the same gradients, copies bit for bit; shards to 5 % of the way that a matrix went, as
     they sum in another order and Muon orthogonalises in bf16."""
-    start = [x for _, x in ranks.gather(embedded())]
+    start = [x for _, x in ranks.gather(untrained())]
     for x, y, first in zip(two_ranks[shard], step_of_muon(None), start, strict=True):
         assert (x - y).norm() <= tolerance * (y - first).norm()
 

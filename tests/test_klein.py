@@ -19,7 +19,6 @@ from small import SMALL, make_official, write_qwen3_tokenizer
 import evaluate
 import sample
 import teachers
-import train
 from config import Refusal
 from model import Flux2Config
 from nets.names import stored_as
@@ -284,36 +283,3 @@ def test_the_makers_own_student_is_sampled_and_evaluated_as_one(
     assert task.family.name == "klein" and task.denoisers["student"] == [theirs]
     times = grid(Flow(float(find_student(theirs).about["shift"])), 4)
     assert times == pytest.approx(ANCHORS[4], abs=1e-3)
-
-
-# --- a run ---------------------------------------------------------------------------------------
-
-
-def test_a_run_through_the_commands(command, small, tmp_path):
-    """Trained from a cache; begun again after its first iteration, without the text encoder, it
-    ends bit for bit alike; its student has the official names and draws."""
-    data, out, files = tmp_path / "data", tmp_path / "run", find("klein").parts()
-    data.mkdir()
-    for k in range(4):
-        Image.new("RGB", (48, 32), (60 * k, 90, 120)).save(data / f"{k}.png")
-        (data / f"{k}.txt").write_text(f"a red fox {k}")
-    flags = ["--teacher", "klein", "--weights", small, "--size", 32, 48, "--batch", 2, "--ttur", 1]
-    flags += ["--data", data, "--cache", tmp_path / "cache", "--out", out, "--steps", 2]
-    flags += ["--lr", 1e-3, "--workers", 0, "--exam-every", 0, "--save-every", 1]
-    code, _, err = command(train, *flags)
-    assert code == 0, err
-    first, about = (read(out / "student.safetensors") for read in (load_file, read_metadata))
-    begun = load_file(small / Klein.file)
-    assert first.keys() == begun.keys() and about["taus"] == json.dumps(ANCHORS[4])
-    assert any(not torch.equal(tensor, begun[name]) for name, tensor in first.items())
-    shutil.rmtree(out / "checkpoints" / "step-00000002")
-    for path in [out / "student.safetensors", *(small / file for file in files["llm"].files)]:
-        path.unlink()
-    code, _, err = command(train, *flags)
-    assert code == 0, err
-    again = load_file(out / "student.safetensors")
-    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-    make_official("klein", small)
-    taken = ["--checkpoint", out, "--prompt", "fox", "--weights", small]
-    code, _, err = command(sample, *taken, "--out", tmp_path / "drawn.png")
-    assert code == 0, err

@@ -4,7 +4,6 @@ Names, layouts, tokenizers, text encoders, autoencoder, discriminator and losses
 """
 
 import dataclasses
-import io
 import json
 import shutil
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from own import flags_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,7 +23,9 @@ from small import OFFICIAL, SMALL, make_official
 import sample
 import teachers
 import train
+from config import Refusal
 from dataset.sources import open_data
+from engine.batch import fill_cache
 from engine.build import open_training_data
 from engine.results import metadata_of
 from schedule import DDPM, Flow, resolution_shift
@@ -31,6 +33,7 @@ from teachers import configure, find
 from teachers.elsewhere import modelspec
 from teachers.students import load_student, reading
 
+CPU = torch.device("cpu")
 TRAINED = [name for name in SMALL if not find(name).only_sampled]
 
 
@@ -54,11 +57,10 @@ def reduced(monkeypatch):
         monkeypatch.setitem(teachers.FOUND, teacher, family)
 
 
-@pytest.fixture
-def pictures(tmp_path):
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
     """Five images of other shapes, with captions."""
-    place = tmp_path / "data"
-    place.mkdir()
+    place = tmp_path_factory.mktemp("data")
     for k in range(5):
         pixels = torch.randint(0, 256, (40 + 9 * k, 70 - 5 * k, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(place / f"{k}.png")
@@ -144,28 +146,68 @@ def started(teacher, files):
 
 def flags_for(teacher, folder, data, out):
     flags = ["--teacher", teacher, "--weights", folder(teacher), "--data", data, "--out", out]
-    flags += ["--size", 32, 48, "--batch", 2, "--steps", 4, "--ttur", 1, "--lr-warmup", 0]
+    flags += ["--size", 32, 48, "--batch", 2, "--steps", 2, "--ttur", 1, "--lr-warmup", 0]
+    flags += ["--exam-every", 0, "--workers", 0]
     return [*flags, "--lr", 1e-2, "--lr-fake", 1e-2, "--lr-disc", 1e-2]
 
 
-ALL_ON = ["--w-isg", 1, "--w-gan", 1, "--ida-decay", 0.97]
+ALL_ON = {"w_isg": 1.0, "w_gan": 1.0, "ida_decay": 0.97}
+
+
+@pytest.fixture(scope="module")
+def ran(folder, pictures, tmp_path_factory):
+    """ran(teacher): what a run of two iterations of the whole method left, made once. Backward
+    simulation, DMD, fake score, IDA, ISG and the discriminator; batch 2, rectangular."""
+    made = {}
+
+    def get(teacher):
+        if teacher not in made:
+            made[teacher] = tmp_path_factory.mktemp("runs") / teacher
+            flags = flags_for(teacher, folder, pictures, made[teacher])
+            flags += [
+                "--w-isg",
+                1,
+                "--w-gan",
+                1,
+                "--ida-decay",
+                0.97,
+                "--no-bf16",
+                "--no-recompute",
+            ]
+            flags += ["--export", "full"] if find(teacher).prefix() else []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+                train.main()
+        return made[teacher]
+
+    return get
+
+
+def learned(cfg, steps, cache=None):
+    """The networks after that many iterations, and what was noted in each."""
+    nets, device = train.build_nets(cfg, CPU, cache), CPU
+    opts, data = train.build_learners(nets, cfg), open_training_data(cfg, find(cfg.teacher))
+    noted = []
+    for step in range(steps):
+        ids = train.ids_of(cfg, step)
+        batch = train.load_batch(ids, data(ids), nets, cfg, device)
+        with train.precision(cfg, nets, device):
+            noted.append(train.train_step(step, batch, nets, opts, cfg))
+    return nets, noted
+
+
+def settings(teacher, folder, pictures, **others):
+    given = {"weights": str(folder(teacher)), "data": str(pictures), "size": (32, 48)}
+    cfg = configure(teacher=teacher, **given | {"lr_warmup": 0, "ttur": 1})
+    return dataclasses.replace(cfg, batch=2, **others)
 
 
 @pytest.mark.parametrize("teacher", TRAINED)
 def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
-    command,
-    folder,
-    pictures,
-    tmp_path,
-    teacher,
+    command, folder, ran, tmp_path, teacher
 ):
-    """Four iterations of the whole method: backward simulation, DMD, fake score, IDA, ISG and the
-    discriminator; batch 2, rectangular. The student's file has the teacher's names, shapes, order.
-    """
-    out = tmp_path / "run"
-    flags = flags_for(teacher, folder, pictures, out)
-    code, _, err = command(train, *flags, *ALL_ON, "--no-bf16", "--no-recompute")
-    assert code == 0, err
+    """The student's file has the teacher's names, shapes, order; and it draws."""
+    out = ran(teacher)
     rows = (out / "log.csv").read_text().splitlines()
     names, values = rows[0].split(","), [row.split(",") for row in rows[1:]]
     columns = {name: [row[k] for row in values] for k, name in enumerate(names)}
@@ -200,14 +242,11 @@ def test_a_run_moves_every_trained_weight_and_exports_an_official_file(
 
 @pytest.mark.parametrize("teacher", ["sdxl", "sd15", "sd35-medium"])
 def test_a_student_merged_back_is_the_official_file_but_for_its_denoiser(
-    command, folder, pictures, tmp_path, teacher
+    command, folder, pictures, ran, tmp_path, teacher
 ):
     """--export full: every name, shape and place; the other networks bit for bit; and what the
     official file says of itself, but for a digest of its weights."""
-    out = tmp_path / "run"
-    flags = flags_for(teacher, folder, pictures, out)
-    code, _, err = command(train, *flags, "--no-gan", "--export", "full", "--steps", 1)
-    assert code == 0, err
+    out = ran(teacher)
     base = find(teacher).locate(str(folder(teacher)))["denoiser"][0]
     assert header(out / "full.safetensors")[0] == header(base)[0]
     about = header(out / "full.safetensors")[1]
@@ -224,22 +263,9 @@ def test_a_student_merged_back_is_the_official_file_but_for_its_denoiser(
 
 
 @pytest.mark.parametrize("teacher", ["flux-dev", "klein", "z-image", "sd35-medium", "sdxl"])
-def test_bf16_and_recomputation_run_and_keep_fp32_weights(
-    command,
-    folder,
-    pictures,
-    tmp_path,
-    teacher,
-    monkeypatch,
-):
+def test_bf16_and_recomputation_run_and_keep_fp32_weights(folder, pictures, teacher):
     """As on a GPU: frozen networks in bf16, trained ones in fp32 under autocast."""
-    kept = []
-    build = train.build_nets
-    monkeypatch.setattr(train, "build_nets", lambda *given: kept.append(build(*given)) or kept[-1])
-    flags = flags_for(teacher, folder, pictures, tmp_path / "run")
-    code, _, err = command(train, *flags, *ALL_ON, "--steps", 2)
-    assert code == 0, err
-    nets = kept[0]
+    nets, _ = learned(settings(teacher, folder, pictures, **ALL_ON), 1)
     for net, dtype in (
         (nets.teacher, torch.bfloat16),
         (nets.student, torch.float32),
@@ -257,16 +283,13 @@ def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
 
     FLUX has none: the scale is its teacher's input.
     """
-    cfg = configure(
-        teacher=teacher, weights=str(folder(teacher)), data=str(pictures), size=(32, 48)
-    )
-    cfg = dataclasses.replace(cfg, batch=2, w_gan=0.0, bf16=False)
-    nets = train.build_nets(cfg, torch.device("cpu"))
+    cfg = settings(teacher, folder, pictures, w_gan=0.0, bf16=False)
+    nets = train.build_nets(cfg, CPU)
     read = []
     nets.text.register_forward_pre_hook(lambda _, given: read.extend(given[0]))
     data = open_training_data(cfg, find(cfg.teacher))
     ids = train.ids_of(cfg, 0)
-    batch = train.load_batch(ids, data(ids), nets, cfg, torch.device("cpu"))
+    batch = train.load_batch(ids, data(ids), nets, cfg, CPU)
     assert len(read) == 2 and "" not in read
     assert (batch.uncond is None) == (teacher == "flux-dev")
     if batch.uncond:
@@ -277,48 +300,42 @@ def test_the_null_caption_is_encoded_once(folder, pictures, teacher):
             torch.testing.assert_close(tensor, again[name])
 
 
-@pytest.mark.parametrize("teacher", ["flux-dev", "sdxl"])
-def test_training_from_a_cache_is_training_without_one(
-    command, folder, pictures, tmp_path, teacher
-):
-    """The same log, to rounding (captions are encoded in other company); bit for bit the second
-    time, when the text encoders' files may be gone.
-    """
-    place = tmp_path / "weights"
+@pytest.mark.parametrize("teacher", ["flux-dev", "klein", "sdxl"])
+def test_training_from_a_cache_is_training_without_one(folder, pictures, tmp_path, teacher):
+    """The same losses, to rounding (captions are encoded in other company), when the text encoders'
+    files are gone."""
+    place, data = tmp_path / "weights", tmp_path / "data"
     shutil.copytree(folder(teacher), place)
-    logs = []
-    for name, extra in (("plain", []), ("first", CACHED), ("again", CACHED)):
-        flags = flags_for(teacher, lambda _: place, pictures, tmp_path / name)
-        extra = [str(x).format(tmp_path) for x in extra]
-        code, _, err = command(train, *flags, *ALL_ON, "--steps", 2, "--no-bf16", *extra)
-        assert code == 0, err
-        logs.append((tmp_path / name / "log.csv").read_text())
-        if name == "first":
-            text = [part for part in OFFICIAL[teacher] if part[:4] in ("clip", "t5", "t5_t")]
-            names = {file for part in text for file in OFFICIAL[teacher][part].files}
-            for file in names - {*OFFICIAL[teacher]["denoiser"].files}:
-                (place / file).unlink()
-    plain, cached = (
-        np.genfromtxt(io.StringIO(log), delimiter=",", skip_header=1) for log in logs[:2]
-    )
-    np.testing.assert_allclose(plain, cached, rtol=2e-3)
-    assert logs[1] == logs[2]
-    (pictures / "0.txt").write_text("another caption")
-    flags = flags_for(teacher, lambda _: place, pictures, tmp_path / "changed")
-    cached = ["--no-bf16", "--steps", 2, "--cache", tmp_path / "cache"]
-    code, _, err = command(train, *flags, *ALL_ON, *cached)
-    assert code == 2 and 'not hold "another caption"' in err and "the data have changed" in err
-    flags += ["--size", 48, 48]
-    refused(command(train, *flags, *ALL_ON, "--cache", tmp_path / "cache"), "size: [32, 48]")
+    shutil.copytree(pictures, data)
+    cfg = settings(teacher, lambda _: place, data, **ALL_ON, bf16=False)
+    _, plain = learned(cfg, 2)
+    cfg, family = dataclasses.replace(cfg, cache=str(tmp_path / "cache")), find(teacher)
+    fill_cache(cfg, family, open_training_data(cfg, family), CPU)
+    text = [part for part in OFFICIAL[teacher] if part[:4] in ("clip", "t5", "t5_t", "llm", "llm_")]
+    names = {file for part in text for file in OFFICIAL[teacher][part].files}
+    for file in names - {*OFFICIAL[teacher]["denoiser"].files}:
+        (place / file).unlink()
+    cache = fill_cache(cfg, family, open_training_data(cfg, family), CPU)  # is there
+    _, cached = learned(cfg, 2, cache)
+    assert cached == [pytest.approx(noted, rel=2e-3) for noted in plain]
+    (data / "0.txt").write_text("another caption")
+    with pytest.raises(Refusal, match='not hold "another caption".* the data have changed'):
+        learned(cfg, 1, cache)
+    other = dataclasses.replace(cfg, size=(48, 48))
+    with pytest.raises(Refusal, match=r"size: \[32, 48\]"):
+        fill_cache(other, family, open_training_data(other, family), CPU)
 
 
-CACHED = ["--cache", "{}/cache"]
+def small_run(own, out, *more):
+    """A command of the small teacher's."""
+    flags = [*flags_of(own), "--out", out, "--batch", 2, "--steps", 3, "--exam-every", 0]
+    return [*flags, *more]
 
 
 def test_buckets_train_with_batches_of_several_shapes(command, folder, pictures, tmp_path):
     """Not from a cache, whose crops would be others in the next epoch; and not from prompts."""
     flags = flags_for("flux-dev", folder, pictures, tmp_path / "run")
-    flags += ["--size", 128, 128, "--buckets", "--no-gan"]
+    flags += ["--size", 128, 128, "--buckets", "--no-gan", "--steps", 3]
     code, _, err = command(train, *flags)
     assert code == 0, err
     refused(command(train, *flags, "--batch", 1), "--buckets", "--overwrite")
@@ -327,12 +344,10 @@ def test_buckets_train_with_batches_of_several_shapes(command, folder, pictures,
     refused(command(train, *flags, "--data", tmp_path / "prompts.txt"), "--buckets")
 
 
-def test_a_student_at_other_steps_has_evenly_spaced_times(command, folder, pictures, tmp_path):
+def test_a_student_at_other_steps_has_evenly_spaced_times(command, folder, ran, tmp_path):
     """SD 3.5's official sampler ends next to clean data, where a few-step student has no use."""
-    out = tmp_path / "run"
-    flags = flags_for("sd35-medium", folder, pictures, out)
-    assert command(train, *flags, "--no-gan", "--steps", 1)[0] == 0
-    drawn = ["--checkpoint", out / "student.safetensors", "--weights", folder("sd35-medium")]
+    student = ran("sd35-medium") / "student.safetensors"
+    drawn = ["--checkpoint", student, "--weights", folder("sd35-medium")]
     for steps, taus in ((2, [1.0, 0.75]), (4, [1.0, 0.9, 0.75, 0.5])):
         picture = tmp_path / f"{steps}.png"
         given = [*drawn, "--prompt", "fox", "--steps", steps, "--out", picture]
@@ -342,13 +357,12 @@ def test_a_student_at_other_steps_has_evenly_spaced_times(command, folder, pictu
 
 def test_the_fake_score_learns_with_the_weights_that_ida_made(folder, pictures):
     """On a student's turn in bf16: autocast's copies of weights from before are not used again."""
-    cfg = configure(teacher="sd15", weights=str(folder("sd15")), data=str(pictures), size=(32, 48))
-    cfg = dataclasses.replace(cfg, batch=2, ida_decay=0.0, lr=0.1, lr_fake=0.0, lr_warmup=0)
-    nets = train.build_nets(cfg, torch.device("cpu"))
+    cfg = settings("sd15", folder, pictures, ida_decay=0.0, lr=0.1, lr_fake=0.0)
+    nets = train.build_nets(cfg, CPU)
     opts, ids = train.build_learners(nets, cfg), train.ids_of(cfg, 0)
     data = open_data(cfg.data, cfg.size, 0)
-    batch = train.load_batch(ids, data(ids), nets, cfg, torch.device("cpu"))
-    with train.precision(cfg, nets, torch.device("cpu")):
+    batch = train.load_batch(ids, data(ids), nets, cfg, CPU)
+    with train.precision(cfg, nets, CPU):
         with torch.no_grad():
             draw = train.draw_student(batch, nets, cfg, partial(train.Rng, cfg.seed, 0))
         log = train.train_step(0, batch, nets, opts, cfg)
@@ -358,23 +372,21 @@ def test_the_fake_score_learns_with_the_weights_that_ida_made(folder, pictures):
     assert log["fake"] == pytest.approx(float(wanted.detach()), rel=1e-3)
 
 
-def test_bad_samples_are_named_and_too_many_stop_the_run(command, folder, pictures, tmp_path):
-    (pictures / "2.png").write_bytes(b"no image")
-    flags = flags_for("flux-dev", folder, pictures, tmp_path / "run")
-    code, out, err = command(train, *flags, "--no-gan")
+def test_bad_samples_are_named_and_too_many_stop_the_run(command, own, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(own / "pictures", data)
+    (data / "2.png").write_bytes(b"no image")
+    code, out, err = command(train, *small_run(own, tmp_path / "run", "--data", data, "--no-gan"))
     assert code == 0 and "2.png" in out, err
-    for k in (0, 3, 4):
-        (pictures / f"{k}.png").write_bytes(b"no image")
-    flags = flags_for("flux-dev", folder, pictures, tmp_path / "other")
-    code, _, err = command(train, *flags, "--no-gan")
+    for k in (0, 3, 4, 5):
+        (data / f"{k}.png").write_bytes(b"no image")
+    code, _, err = command(train, *small_run(own, tmp_path / "other", "--data", data, "--no-gan"))
     assert code == 2 and "samples are bad" in err
 
 
-def test_the_flux_student_ignores_guidance_bit_for_bit(command, folder, pictures, tmp_path):
+def test_the_flux_student_ignores_guidance_bit_for_bit(ran):
     """Its file still loads as flux1-dev, with a guidance input that changes nothing."""
-    out = tmp_path / "run"
-    flags = flags_for("flux-dev", folder, pictures, out)
-    assert command(train, *flags, "--no-gan", "--steps", 1)[0] == 0
+    out = ran("flux-dev")
     net, _ = load_student(out / "student.safetensors")
     x_t, t = torch.randn(2, 4, 4, 6), torch.tensor([0.9, 0.5])
     cond = {"context": torch.randn(2, 7, 16), "pooled": torch.randn(2, 12)}
@@ -384,13 +396,13 @@ def test_the_flux_student_ignores_guidance_bit_for_bit(command, folder, pictures
             assert torch.equal(net(x_t, t, cond | {"guidance": torch.full((2,), g)}), without)
 
 
-def test_prompts_alone_train_without_a_discriminator(command, folder, tmp_path):
+def test_prompts_alone_train_without_a_discriminator(command, own, tmp_path):
     """Then every input is backward simulation; with a discriminator it is refused."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox\n\nthree foxes\n")
-    flags = flags_for("flux-dev", folder, prompts, tmp_path / "run")
+    flags = small_run(own, tmp_path / "run", "--data", prompts)
     refused(command(train, *flags), "no images to judge by", "--no-gan")
-    assert command(train, *flags, "--no-gan", "--steps", 1)[0] == 0
+    assert command(train, *flags, "--no-gan")[0] == 0
 
 
 def test_training_refuses_data_that_are_not_there(command, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Algorithm 1 on the embedded teacher: which weights move on which turn, and exact resume."""
+"""Algorithm 1 on small networks: which weights move on which turn, and exact resume."""
 
 import dataclasses
 import functools
@@ -17,26 +17,27 @@ from own import flags_of
 from torch import nn
 
 import train
-from digits.scenes import DigitScenes
-from digits.words import SceneText
 from engine import checkpoint
+from engine.build import open_training_data
 from engine.run import Run
 from nets.weights import digest
 from teachers import configure
 from train import build_learners, build_nets, load_batch, lr_factor, train_step
 
 CPU = torch.device("cpu")
-TEXT, DATA = SceneText(), DigitScenes()
 
 
-def setup(**flags):
-    cfg = configure(**{"batch": 3, "lr_warmup": 0, **flags})
+def setup(own: Path, **flags):
+    """Of the small teacher, unless the flags name another."""
+    where = {"teacher": str(own / "mine.py"), "data": str(own / "pictures"), "size": (16, 32)}
+    cfg = configure(**where | {"batch": 3, "ema": 0.99, "lr_warmup": 0} | flags)
     nets = build_nets(cfg, CPU)
     return cfg, nets, build_learners(nets, cfg)
 
 
 def batch_of(step, nets, cfg):
-    return load_batch(train.ids_of(cfg, step), DATA(train.ids_of(cfg, step)), nets, cfg, CPU)
+    ids, data = train.ids_of(cfg, step), open_training_data(cfg, nets.family)
+    return load_batch(ids, data(ids), nets, cfg, CPU)
 
 
 def weights(nets):
@@ -61,9 +62,9 @@ def judged_step(cfg, nets, learn):
     raise AssertionError("no such step")
 
 
-def test_every_network_learns_on_its_turn_and_only_then():
+def test_every_network_learns_on_its_turn_and_only_then(own):
     """Student and average on every ttur-th step; fake score and heads always; the rest never."""
-    cfg, nets, opts = setup()
+    cfg, nets, opts = setup(own)
     for learn, wanted in ((False, {"fake", "heads"}), (True, {"student", "ema", "fake", "heads"})):
         step, batch = judged_step(cfg, nets, learn)
         before = weights(nets)
@@ -77,28 +78,28 @@ def test_every_network_learns_on_its_turn_and_only_then():
         )
 
 
-def test_each_part_can_be_switched_off():
+def test_each_part_can_be_switched_off(own):
     """A part that is off leaves no loss in the log; IDA off leaves the fake score to its own
     update."""
     off = {"gan": {"w_gan": 0.0}, "isg": {"w_isg": 0.0}, "ema": {"ema": 0.0}}
     for name, flags in off.items():
-        cfg, nets, opts = setup(**flags)
+        cfg, nets, opts = setup(own, **flags)
         step, batch = judged_step(cfg, nets, learn=True)
         log = train_step(step, batch, nets, opts, cfg)
         assert name not in log and ("disc" in log) == (name != "gan")
         assert (nets.ema is nets.student) == (name == "ema")
-    cfg, nets, opts = setup(ida_decay=1.0, lr_fake=0.0)
+    cfg, nets, opts = setup(own, ida_decay=1.0, lr_fake=0.0)
     step, batch = judged_step(cfg, nets, learn=True)
     before = weights(nets)
     train_step(step, batch, nets, opts, cfg)
     assert "fake" not in moved(nets, before)
 
 
-def test_ida_pulls_the_fake_score_after_the_students_update():
+def test_ida_pulls_the_fake_score_after_the_students_update(own):
     """With the fake's own learning off: phi = .97 phi + .03 theta_new, theta as it is *after* it
     moved.
     """
-    cfg, nets, opts = setup(lr=0.1, lr_fake=0.0)  # far enough to tell phi from theta
+    cfg, nets, opts = setup(own, lr=0.1, lr_fake=0.0)  # far enough to tell phi from theta
     phi = {name: p.clone() for name, p in nets.fake.named_parameters()}
     step, batch = judged_step(cfg, nets, learn=True)
     train_step(step, batch, nets, opts, cfg)
@@ -107,15 +108,15 @@ def test_ida_pulls_the_fake_score_after_the_students_update():
         torch.testing.assert_close(dict(nets.fake.named_parameters())[name], wanted)
 
 
-def test_discriminators_step_does_not_depend_on_the_students_turn():
+def test_discriminators_step_does_not_depend_on_the_students_turn(own):
     """The same step twice from the same state, as a student's turn and not: equal heads afterwards.
     Fails with the released code's leak of the student's gradient into the heads. Kernels with and
     without gradient may round differently, so to 1e-6."""
     heads = []
-    cfg, nets, opts = setup(ttur=10**6)
+    cfg, nets, opts = setup(own, ttur=10**6)
     step, batch = judged_step(cfg, nets, learn=False)
     for ttur in (10**6, 1):
-        cfg, nets, opts = setup(ttur=ttur)
+        cfg, nets, opts = setup(own, ttur=ttur)
         log = train_step(step, batch, nets, opts, cfg)
         assert ("gan" in log) == (ttur == 1)
         heads.append({name: x.clone() for name, x in nets.disc.heads.state_dict().items()})
@@ -142,30 +143,30 @@ def count_calls(monkeypatch, nets):
 
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize("augment, passes", [((), 2), (("translation",), 3)])
-def test_features_are_computed_once(monkeypatch, learn, augment, passes):
+def test_features_are_computed_once(own, monkeypatch, learn, augment, passes):
     """Real and made; with augmentation the reference too. The same on a student's turn and not."""
-    cfg, nets, opts = setup(disc_augment=augment)
+    cfg, nets, opts = setup(own, disc_augment=augment)
     step, batch = judged_step(cfg, nets, learn)
     calls = count_calls(monkeypatch, nets)
     train_step(step, batch, nets, opts, cfg)
     assert calls == {"features": passes, "decode": 1}
 
 
-def test_no_discriminator_work_at_pure_noise(monkeypatch):
+def test_no_discriminator_work_at_pure_noise(own, monkeypatch):
     """A one-step student's only anchor is pure noise: omega = 0, nothing is decoded or judged."""
-    cfg, nets, opts = setup(student_steps=1, w_gan=0.1)
+    cfg, nets, opts = setup(own, student_steps=1, w_gan=0.1)
     calls, before = count_calls(monkeypatch, nets), digest(nets.disc.heads)
     log = train_step(0, batch_of(0, nets, cfg), nets, opts, cfg)
     assert calls == {"features": 0, "decode": 0} and "disc" not in log
     assert digest(nets.disc.heads) == before
 
 
-def test_the_discriminator_comes_to_prefer_real_images():
+def test_the_discriminator_comes_to_prefer_real_images(own):
     """Twenty steps with a student that predicts nothing, so that it makes noise: logits of real
-    scenes end above the noise's. Fails if real and made are swapped, or a sign in the hinge is."""
-    cfg, nets, opts = setup(batch=8, student_steps=2, w_gan=0.1, ttur=10**6, lr_disc=2e-3)
-    nn.init.zeros_(nets.student.final_layer.linear.weight)
-    nn.init.zeros_(nets.student.final_layer.linear.bias)
+    images end above the noise's. Fails if real and made are swapped, or a sign in the hinge is."""
+    cfg, nets, opts = setup(own, batch=8, student_steps=2, w_gan=0.1, ttur=10**6, lr_disc=2e-3)
+    nn.init.zeros_(nets.student.leave.weight)
+    nn.init.zeros_(nets.student.leave.bias)
     for step in range(1, 21):
         train_step(step, batch_of(step, nets, cfg), nets, opts, cfg)
     batch, tau = batch_of(99, nets, cfg), train.anchors(cfg, nets.student.schedule)[1]
@@ -177,17 +178,17 @@ def test_the_discriminator_comes_to_prefer_real_images():
 
 
 @pytest.mark.parametrize("batch, steps", [(1, 1), (3, 2), (1, 4)])
-def test_any_batch_and_any_number_of_student_steps(batch, steps):
-    cfg, nets, opts = setup(batch=batch, student_steps=steps, w_gan=0.1, ttur=2)
+def test_any_batch_and_any_number_of_student_steps(own, batch, steps):
+    cfg, nets, opts = setup(own, batch=batch, student_steps=steps, w_gan=0.1, ttur=2)
     for step in range(2):  # both kinds of turn
         log = train_step(step, batch_of(step, nets, cfg), nets, opts, cfg)
         assert log["skipped"] == 0
 
 
-def test_an_anchors_weight_multiplies_the_students_loss():
+def test_an_anchors_weight_multiplies_the_students_loss(own):
     """That of the anchor which the batch was drawn at, and all of the loss."""
     weights, seen = (1.0, 2.0, 3.0, 4.0), set()
-    cfg, nets, _ = setup(batch=1, w_gan=0.0, w_isg=0.0, anchor_weights=weights)
+    cfg, nets, _ = setup(own, batch=1, w_gan=0.0, w_isg=0.0, anchor_weights=weights)
     taus = train.anchors(cfg, nets.student.schedule)
     for step in range(5):
         batch, rng = batch_of(step, nets, cfg), functools.partial(train.Rng, cfg.seed, step)
@@ -203,8 +204,9 @@ def test_an_anchors_weight_multiplies_the_students_loss():
     assert len(seen) > 1
 
 
-def test_all_discriminator_options_run():
+def test_all_discriminator_options_run(own):
     cfg, nets, opts = setup(
+        own,
         disc_augment=("colour", "translation", "cutout"),
         disc_text=False,
         disc_reference=False,
@@ -218,8 +220,8 @@ def test_all_discriminator_options_run():
     assert "disc" in log and log["skipped"] == 0
 
 
-def test_an_update_that_is_not_finite_moves_nothing_and_is_counted():
-    cfg, nets, opts = setup()
+def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(own):
+    cfg, nets, opts = setup(own)
     step, batch = judged_step(cfg, nets, learn=True)
     batch.images = batch.images.clone()  # reaches the adversarial terms, not the fake score
     batch.images[0, 0, 0, 0] = float("nan")
@@ -339,11 +341,11 @@ def test_checkpoints_come_by_iterations_by_minutes_and_at_the_end(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
-def test_convolutions_in_fp32_may_be_rounded_or_not(tmp_path, command, monkeypatch, flag):
+def test_convolutions_in_fp32_may_be_rounded_or_not(own, tmp_path, command, monkeypatch, flag):
     """On a GPU; the numbers of the CPU, which has no TF32, are the same."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", flag == "--no-tf32")
-    short = ("--steps", 1, "--batch", 2, *FLAGS, "--no-table", flag, "--out", tmp_path)
-    assert command(train, *short)[0] == 0
+    short = ("--steps", 1, "--batch", 2, *FLAGS, flag, "--out", tmp_path)
+    assert command(train, *flags_of(own), *short)[0] == 0
     assert torch.backends.cudnn.allow_tf32 == (flag == "--tf32")
 
 
