@@ -101,7 +101,6 @@ class Kernels:
 
     def __init__(self):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.fake.cache_enabled = False  # torch looks up what `known` has already
         self.stencils: dict[torch.device, dict] = {}
 
     def make(self, shape, stride, dtype: torch.dtype, device: torch.device = CPU) -> FakeTensor:

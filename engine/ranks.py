@@ -40,7 +40,8 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, _sharding_prop, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from config import Refusal, is_refusal, legible, refuse
@@ -328,6 +329,7 @@ def shard_units(
     Networks cast their own inputs: times and rotary tables stay in fp32. A root keeps its weights
     together after a forward pass unless told, and IDA wants shards.
     """
+    look_once()
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     shards = mesh.size(-1)
 
@@ -343,6 +345,27 @@ def shard_units(
     for unit in units:
         fully_shard(unit, **how, reshard_after_forward=True)
     net.to_empty(device=device)
+
+
+def look_once() -> None:
+    """For each tensor of a call torch 2.13 looks through all of them for strided shards: minutes,
+    where AdamW takes the thousands of a network at once. From now on it looks once a call."""
+    name = "_propagate_use_strided_shard_flag"
+    look = getattr(_sharding_prop, name, None)
+    if look is None or hasattr(look, "__wrapped__"):
+        return
+    last, found = None, False
+
+    @functools.wraps(look)
+    def once(strategy, call) -> None:
+        nonlocal last, found
+        if call is not last:
+            kinds = (kind for spec in call.args_spec for kind in spec.placements)
+            last, found = call, any(isinstance(kind, _StridedShard) for kind in kinds)
+        if found:
+            look(strategy, call)
+
+    setattr(_sharding_prop, name, once)
 
 
 @torch.no_grad()
