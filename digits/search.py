@@ -15,9 +15,20 @@ START = (
     "--ema 0.98 --batch 32 --steps 750 --t-fake uniform --w-isg 5 --w-gan 0.15 "
     "--guidance-dmd 1.3 2.7 --guidance-isg 2 2"
 )
+SLOW, LOW = "--lr-fake 1e-4", "--lr-fake 1e-4 --guidance-dmd 1 2"
 CHANGES = {
     "start": "",
-    "slow": "--lr-fake 1e-4",
+    "slow": SLOW,
+    "slow-short": f"{SLOW} --steps 450",
+    "slow-gan3": f"{SLOW} --w-gan .3",
+    "slow-isg2": f"{SLOW} --w-isg 2",
+    "slow-g2": LOW,
+    "slow-g2-gan3": f"{LOW} --w-gan .3",
+    "g2-gan6-isg8": f"{LOW} --w-gan .6 --w-isg 8",
+    "g2-gan3-pb1": f"{LOW} --w-gan .3 --p-backward 1",
+    "two-a": f"{LOW} --w-gan .3 --student-steps 2",
+    "one-t2": "--student-steps 1 --ttur 2 --lr 3e-4 --lr-fake 5e-4 --guidance-dmd 1.5 3.5 "
+    "--w-isg 3 --no-gan --steps 600",
 }
 SETTINGS = {
     name: (flags or "where it began", f"{START} {flags}") for name, flags in CHANGES.items()

@@ -22,6 +22,7 @@ from torch.distributed.run import get_args_parser
 import evaluate
 import sample
 import train
+from digits import search
 from digits.words import DIGITS
 from engine import flags, results
 from plane import __main__ as plane
@@ -241,6 +242,7 @@ PARSERS = {
     "evaluate.py": lambda: flags.evaluate_arguments(""),
     "engine.bench": lambda: flags.bench_arguments(""),
     "digits.ablation": lambda: flags.ablation_arguments(""),
+    "digits.search": lambda: flags.ablation_arguments("", **search.HOW),
     "digits.pretrain": lambda: flags.pretrain_arguments(""),
     "plane": plane.arguments,
 }

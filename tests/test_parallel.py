@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -20,6 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, embedded, make_official
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import Shard, _sharding_prop
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import teachers
 from digits.words import SceneText
@@ -272,6 +275,31 @@ def test_shards_compute_in_bf16_and_stay_in_fp32(two_ranks):
 def test_ida_on_shards_is_bitwise_that_on_whole_networks(two_ranks):
     for ours, theirs in zip(two_ranks["ida"], pull(None), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_strided_shards_are_looked_for_once_a_call(monkeypatch):
+    """Not again for each of its tensors; where there are some, torch hears of each."""
+    heard, looked_at = [], []
+
+    def look(strategy, call):
+        heard.append(strategy)
+
+    class Call:
+        def __init__(self, *placements):
+            self.placements = placements
+
+        @property
+        def args_spec(self):
+            looked_at.append(self)
+            return [SimpleNamespace(placements=self.placements)] * 1000
+
+    monkeypatch.setattr(_sharding_prop, "_propagate_use_strided_shard_flag", look)
+    ranks.look_once()
+    ranks.look_once()  # every network asks for it
+    for call in (Call(Shard(0)), Call(_StridedShard(0, split_factor=2))):
+        for strategy in range(3):
+            _sharding_prop._propagate_use_strided_shard_flag(strategy, call)
+    assert heard == [0, 1, 2] and len(looked_at) == 2
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
