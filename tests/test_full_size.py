@@ -47,7 +47,7 @@ RANKS = {
     "engine/ranks.py:mean_over_ranks": "logged values are read, at once",
 }
 
-RANKS_OF_FLUX = ("--shard", "fsdp", "--ema", "0.99", "--accumulate", "2")
+RANKS_OF_FLUX = ("--shard", "fsdp", "--ema", "0.99", "--batch", "2")
 
 LACKING = "" if shutil.which("g++") else "needs g++ to compile tests/fake_cuda.cpp"
 LACKING = "needs a torch without CUDA, which has its own" if torch.version.cuda else LACKING
@@ -153,9 +153,9 @@ def test_at_pure_noise_nothing_is_decoded(iterate, teacher):
     "each, world, flags, turns",
     [
         (8, 8, RANKS_OF_FLUX[2:], ("student", "other")),
-        (8, 64, ("--batch", "2", "--buckets"), ("student",)),
+        (8, 64, ("--accumulate", "2", "--buckets"), ("student",)),
     ],
-    ids=["8 ranks, an average, two parts", "8 nodes of 8, a batch of two in buckets"],
+    ids=["8 ranks, an average, a batch of two", "8 nodes of 8, two parts in buckets"],
 )
 def test_all_ranks_say_the_same_in_the_same_order(iterate, each, world, flags, turns):
     """Else NCCL hangs. FLUX's shards, by rank 0, which reads the files, and rank 1."""

@@ -158,8 +158,8 @@ def watched(opt):
 
 
 def follow_sid(own: Path, out: Path | None, **flags) -> dict:
-    """Weights of fake score and heads after two turns that move no student, with that loss and
-    with the usual one."""
+    """Weights of fake score and heads after a turn that moves no student, with that loss and with
+    the usual one."""
     patch, kept = pytest.MonkeyPatch(), {}
     for kind in ("sid", "usual"):
         if kind == "sid":
@@ -171,10 +171,9 @@ def follow_sid(own: Path, out: Path | None, **flags) -> dict:
         if kind == "sid":  # the loss has a gradient in the fake score, and its turn begins with it
             seen, spy = watched(opts["fake"])
             opts["fake"].zero_grad = spy
-        logs = [
-            train.train_step(step, batch_of(step, nets, cfg), nets, opts, cfg) for step in range(2)
-        ]
-        assert seen == [True, True] * 2 and any("gan" in log for log in logs)
+        step, batch = judged_step(cfg, nets, learn=True)
+        assert "gan" in train.train_step(step, batch, nets, opts, cfg)
+        assert seen == [True, True]
         patch.undo()
         parts = {"fake": nets.fake, "heads": nets.disc.heads}
         kept[kind] = {name: [x.clone() for _, x in ranks.gather(n)] for name, n in parts.items()}
