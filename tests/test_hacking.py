@@ -353,8 +353,7 @@ def test_with_a_cache_and_without_the_backbone_may_be_another(cached, monkeypatc
 
 # --- optimizers ----------------------------------------------------------------------------------
 
-OPTIMIZERS = {
-    "adamw": ["AdamW"] * 3,
+OPTIMIZERS = {  # other than AdamW, which the runs of test_parallel.py have
     "muon": ["Muon", "AdamW", "Muon", "AdamW", "AdamW"],
     "torch.optim.NAdam": ["NAdam"] * 3,
 }
