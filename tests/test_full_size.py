@@ -29,7 +29,7 @@ TEACHERS = {  # which turns of each; noise: the student's from pure noise, unjud
     "flux-dev": (*TURNS, "noise"),
     "sd35-large": TURNS,
     "sd35-medium": TURNS,
-    "klein": ("student",),
+    "klein": ("student",),  # with two parts to a batch
     "sdxl": TURNS,
     "sd15": TURNS,
     "z-image": TURNS,
@@ -120,7 +120,8 @@ def check_kernels(told: dict) -> None:
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_turn_of_every_teacher_waits_only_where_it_is_listed(iterate, teacher):
     """Every kind of turn runs; its attention is fused."""
-    for turn, told in iterate(teacher, turns=TEACHERS[teacher])["turns"].items():
+    parts = ("--accumulate", "2") if teacher == "klein" else ()
+    for turn, told in iterate(teacher, *parts, turns=TEACHERS[teacher])["turns"].items():
         check_kernels(told)
         for where, count in told["waits"].items():
             assert where in WAITS, f"{turn}: a wait that is not listed: {told['lines']}"
@@ -130,7 +131,8 @@ def test_a_turn_of_every_teacher_waits_only_where_it_is_listed(iterate, teacher)
 
 def test_what_is_listed_is_there(iterate):
     """So the lists shrink with what they list."""
-    reports = [iterate(name, turns=turns)["turns"] for name, turns in TEACHERS.items()]
+    every = {name: turns for name, turns in TEACHERS.items() if name != "klein"}
+    reports = [iterate(name, turns=turns)["turns"] for name, turns in every.items()]
     turns = [told for report in reports for told in report.items()]
     for where, (*most, _) in WAITS.items():
         for k, kinds in enumerate((("student", "noise"), ("other",))):
@@ -152,9 +154,9 @@ def test_at_pure_noise_nothing_is_decoded(iterate):
     "each, world, flags, turns",
     [
         (8, 8, RANKS_OF_FLUX[2:], ("student", "other")),
-        (8, 64, ("--accumulate", "2", "--buckets"), ("student",)),
+        (8, 64, ("--buckets",), ("student",)),
     ],
-    ids=["8 ranks, an average, a batch of two", "8 nodes of 8, two parts in buckets"],
+    ids=["8 ranks, an average, a batch of two", "8 nodes of 8, in buckets"],
 )
 def test_all_ranks_say_the_same_in_the_same_order(iterate, each, world, flags, turns):
     """Else NCCL hangs. FLUX's shards, by rank 0, which reads the files, and rank 1."""
