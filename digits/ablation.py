@@ -137,7 +137,7 @@ def teacher_rows(exam: Exam, teacher: nn.Module) -> list[dict]:
     return rows
 
 
-def table(teacher: list[dict], students: dict[str, list[list[dict]]], known: dict = KINDS) -> str:
+def table(known: dict, teacher: list[dict], students: dict[str, list[list[dict]]]) -> str:
     """Markdown. students: kind -> per seed its rows, one for each of COUNTS; known: the kinds."""
     cells = [["parts", "steps", "NFE", *(title for _, title, _ in COLUMNS)]]
     for row in teacher:
@@ -197,11 +197,18 @@ def run_all(given: argparse.Namespace, exam: Exam) -> dict[str, list[list[dict]]
 def main() -> None:
     given = ablation_arguments(__doc__)
     teacher, students = examine_all(given)
-    text = table(teacher, students)
-    print(text)
-    write_text(given.out / "table.md", text + "\n")
+    show_table(given, teacher, students)
     picture(given.out / "ablation.png", teacher, students)
     print(f"{given.out}: table.md, metrics.json, ablation.png, and a folder for each run")
+
+
+def show_table(
+    given: argparse.Namespace, teacher: list[dict], students: dict[str, list[list[dict]]]
+) -> None:
+    """On screen, and in table.md."""
+    text = table(given.known, teacher, students)
+    print(text)
+    write_text(given.out / "table.md", text + "\n")
 
 
 def examine_all(given: argparse.Namespace) -> tuple[list[dict], dict[str, list[list[dict]]]]:

@@ -1,7 +1,7 @@
 """The search for the embedded task's preset: every setting that was tried.
 
     python -m digits.search                               # each with seed 0
-    python -m digits.search --kinds chosen --seeds 10 11 12
+    python -m digits.search --kinds slow slow-g2 --seeds 10 11
 
 As digits/ablation.py: a folder for each run, students examined at 1, 2, 4 and 8 steps. The table
 has each at the number of steps that it is trained for. Writes table.md and metrics.json.
@@ -38,8 +38,7 @@ HOW = {"known": SETTINGS, "seeds": (0,), "out": "runs/search"}
 if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
     ablation_arguments(__doc__, **HOW)
 
-from digits.ablation import COUNTS, examine_all, table
-from nets.disk import write_text
+from digits.ablation import COUNTS, examine_all, show_table
 
 
 def own_steps(flags: str) -> int:
@@ -54,9 +53,7 @@ def main() -> None:
     for kind, runs in students.items():
         k = COUNTS.index(own_steps(CHANGES[kind]))
         students[kind] = [rows[k : k + 1] for rows in runs]
-    text = table(teacher, students, SETTINGS)
-    print(text)
-    write_text(given.out / "table.md", text + "\n")
+    show_table(given, teacher, students)
     print(f"{given.out}: table.md, metrics.json, and a folder for each run")
 
 

@@ -32,6 +32,12 @@ def make_own(folder: Path) -> None:
     sys.modules.pop("mine")
 
 
+def settings_of(folder: Path) -> dict:
+    """Of a configuration: rectangular images."""
+    files = {"teacher": str(folder / "mine.py"), "data": str(folder / "pictures")}
+    return {**files, "size": (16, 32)}
+
+
 def flags_of(folder: Path) -> list:
-    """train.py's: rectangular images."""
+    """The same for train.py."""
     return ["--teacher", folder / "mine.py", "--data", folder / "pictures", "--size", 16, 32]

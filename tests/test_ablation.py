@@ -31,7 +31,7 @@ def test_the_table_is_mean_and_spread_over_seeds():
     one seed: the value alone."""
     teacher = [row("teacher 50, guided", 100, 95.0), row("teacher 4, guided", 8, 60.0)]
     seeds = [[row(f"student {n}, x0", n, value + n) for n in (1, 2)] for value in (89.0, 93.0)]
-    lines = ablation.table(teacher, {"all": seeds, "dmd": seeds[:1]}).splitlines()
+    lines = ablation.table(ablation.KINDS, teacher, {"all": seeds, "dmd": seeds[:1]}).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[0][:4] == ["parts", "steps", "NFE", "accuracy"]
     assert cells[2][:4] == ["teacher, guided", "50", "100", "95.0"]

@@ -16,7 +16,7 @@ import processes
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from own import flags_of
+from own import flags_of, settings_of
 from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, embedded, make_official
@@ -135,8 +135,7 @@ def place(tmp_path_factory):
 def mine(own):
     """Flags for two iterations of the small teacher. With seed 0 a leaky ReLU of a head may have an
     input within rounding of its kink."""
-    where = {"teacher": str(own / "mine.py"), "data": str(own / "pictures"), "size": (16, 32)}
-    return {**where, "disc_channels": 16, "steps": 2, "ema": 0.9, "eps": 1e-4, "seed": 1}
+    return {**settings_of(own), "disc_channels": 16, "steps": 2, "ema": 0.9, "eps": 1e-4, "seed": 1}
 
 
 def small(place: Path, teacher: str) -> dict:

@@ -164,16 +164,9 @@ def ran(folder, pictures, tmp_path_factory):
         if teacher not in made:
             made[teacher] = tmp_path_factory.mktemp("runs") / teacher
             flags = flags_for(teacher, folder, pictures, made[teacher])
-            flags += [
-                "--w-isg",
-                1,
-                "--w-gan",
-                1,
-                "--ida-decay",
-                0.97,
-                "--no-bf16",
-                "--no-recompute",
-            ]
+            for name, value in ALL_ON.items():
+                flags += [f"--{name.replace('_', '-')}", value]
+            flags += ["--no-bf16", "--no-recompute"]
             flags += ["--export", "full"] if find(teacher).prefix() else []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
@@ -185,13 +178,13 @@ def ran(folder, pictures, tmp_path_factory):
 
 def learned(cfg, steps, cache=None):
     """The networks after that many iterations, and what was noted in each."""
-    nets, device = train.build_nets(cfg, CPU, cache), CPU
+    nets = train.build_nets(cfg, CPU, cache)
     opts, data = train.build_learners(nets, cfg), open_training_data(cfg, find(cfg.teacher))
     noted = []
     for step in range(steps):
         ids = train.ids_of(cfg, step)
-        batch = train.load_batch(ids, data(ids), nets, cfg, device)
-        with train.precision(cfg, nets, device):
+        batch = train.load_batch(ids, data(ids), nets, cfg, CPU)
+        with train.precision(cfg, nets, CPU):
             noted.append(train.train_step(step, batch, nets, opts, cfg))
     return nets, noted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from own import flags_of
+from own import flags_of, settings_of
 from torch import nn
 
 import train
@@ -29,8 +29,7 @@ CPU = torch.device("cpu")
 
 def setup(own: Path, **flags):
     """Of the small teacher, unless the flags name another."""
-    where = {"teacher": str(own / "mine.py"), "data": str(own / "pictures"), "size": (16, 32)}
-    cfg = configure(**where | {"batch": 3, "ema": 0.99, "lr_warmup": 0} | flags)
+    cfg = configure(**settings_of(own) | {"batch": 3, "ema": 0.99, "lr_warmup": 0} | flags)
     nets = build_nets(cfg, CPU)
     return cfg, nets, build_learners(nets, cfg)
 
