@@ -20,6 +20,7 @@ from own import flags_of, settings_of
 from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, embedded, make_official
+from test_hacking import follow_sid, step_of_muon, untrained
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import Shard, _sharding_prop
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -113,12 +114,16 @@ def looked(out: Path, shard: str = "none") -> dict[str, float]:
     return run.watch["start"]
 
 
-def follow_all(out: Path, runs: dict) -> None:
+def follow_all(own: Path, out: Path, runs: dict) -> None:
     teachers.FOUND |= SMALL  # of this process, which ends with this
     with processes.ranks_of_torchrun():
         looked(out, "fsdp")
         pull(out / "ida", "fsdp")
+        follow_sid(own, out / "sid", shard="fsdp")
+        for shard in ("fsdp", "ddp"):
+            step_of_muon(out / f"muon, {shard}", shard)
         for name, flags in runs.items():
+            build.COMPILER = "eager" if flags.get("compile") else "inductor"
             follow(out / name, **flags)
 
 
@@ -156,7 +161,7 @@ def small(place: Path, teacher: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(place, mine):
+def two_ranks(place, own, mine):
     """What two ranks make of every run here; they start once."""
     for data in ("pictures", "long"):
         (place / data).mkdir()
@@ -172,11 +177,13 @@ def two_ranks(place, mine):
             make_official(teacher, place / f"{teacher}-files")
     runs = {"fsdp": {**mine, "batch": 8, "shard": "fsdp"}}
     runs["bf16"] = runs["fsdp"] | {"bf16": True, "steps": 1}
-    runs["ddp"] = {**mine, "batch": 4, "accumulate": 2, "shard": "ddp"}
+    runs["compiled"] = runs["fsdp"] | {"compile": True, "recompute": True, "steps": 1}
+    runs["ddp"] = {**mine, "batch": 4, "accumulate": 2, "shard": "ddp", "steps": 1}
     runs |= {teacher: small(place, teacher) | {"shard": "fsdp"} for teacher in ARCHITECTURES}
     runs["adapter"] = {**mine, **ADAPTER, "batch": 8, "shard": "fsdp"}
-    processes.finish(follow_all, 2, place / "printed.txt", place, runs)
-    return {name: torch.load(place / name) for name in (*runs, "ida", "watch")}
+    processes.finish(follow_all, 2, place / "printed.txt", own, place, runs)
+    more = ("ida", "watch", "sid", "muon, fsdp", "muon, ddp")
+    return {name: torch.load(place / name) for name in (*runs, *more)}
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +211,10 @@ def test_two_ranks_see_of_the_student_what_one_sees(two_ranks, tmp_path, monkeyp
         assert value == pytest.approx(one[name], rel=2e-3), name  # a level of 255 here and there
 
 
-def follow_compiled(out: Path, flags: dict) -> None:
-    build.COMPILER = "eager"  # of this process, which ends with this
-    with processes.ranks_of_torchrun():
-        follow(out, **flags, shard="fsdp", compile=True, recompute=True)
-
-
-def test_shards_of_compiled_blocks_compute_the_same(mine, tmp_path):
+def test_shards_of_compiled_blocks_compute_the_same(two_ranks, mine):
     """Weights come together outside of what is compiled, and once more where it is recomputed."""
-    flags = {**mine, "steps": 1}
-    out = tmp_path / "compiled"
-    processes.finish(follow_compiled, 2, tmp_path / "printed.txt", out, {**flags, "batch": 8})
-    assert_same(follow(None, **flags, batch=16), torch.load(out), 1e-6)
+    one = follow(None, **mine | {"steps": 1}, batch=16)
+    assert_same(one, two_ranks["compiled"], 1e-6)
 
 
 def test_two_ranks_share_adapters(two_ranks, mine):
@@ -233,7 +232,8 @@ def test_parts_of_a_batch_equal_the_whole(one_rank, mine):
 
 def test_copies_exchange_the_gradient_of_all_parts(two_ranks, mine):
     """Two ranks with two parts of four, and one process with four such parts, to 1e-6 as well."""
-    assert_same(follow(None, **mine, batch=4, accumulate=4), two_ranks["ddp"], 1e-6)
+    one = follow(None, **mine | {"steps": 1}, batch=4, accumulate=4)
+    assert_same(one, two_ranks["ddp"], 1e-6)
 
 
 @pytest.mark.parametrize("teacher", ARCHITECTURES)
@@ -298,6 +298,23 @@ def test_strided_shards_are_looked_for_once_a_call(monkeypatch):
         for strategy in range(3):
             _sharding_prop._propagate_use_strided_shard_flag(strategy, call)
     assert heard == [0, 1, 2] and len(looked_at) == 2
+
+
+def test_in_shards_a_loss_through_the_fake_score_leaves_nothing_in_its_update(two_ranks):
+    """As in test_hacking.py, bit for bit."""
+    for name, tensors in two_ranks["sid"]["sid"].items():
+        for x, y in zip(tensors, two_ranks["sid"]["usual"][name], strict=True):
+            assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("shard, tolerance", [("fsdp", 0.05), ("ddp", 0.0)])
+def test_muon_on_two_ranks_equals_muon_on_one(two_ranks, shard, tolerance):
+    """From the same gradients, copies bit for bit; shards to 5 % of the way that a matrix went, as
+    they sum in another order and Muon orthogonalises in bf16."""
+    start = [x for _, x in ranks.gather(untrained())]
+    pairs = zip(two_ranks[f"muon, {shard}"], step_of_muon(None), start, strict=True)
+    for x, y, first in pairs:
+        assert (x - y).norm() <= tolerance * (y - first).norm()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -24,13 +24,15 @@ def assets(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "DigitScenes", Few)
     monkeypatch.setattr(pretrain, "ASSETS", tmp_path)
     monkeypatch.setattr(pretrain, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(pretrain, "TEACHER", SMALL)
     return tmp_path
 
 
+SMALL = find("digits").scaled(0.5, 2)
 FORMS = {
     "judge": Judge,
     "backbone": lambda: ViT(find("digits").backbone()),
-    "teacher": lambda: find("digits").build(2.0),
+    "teacher": lambda: SMALL.build(2.0),
 }
 
 
