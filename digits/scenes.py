@@ -83,7 +83,8 @@ class DigitScenes:
         images, labels = load_digits()
         part = slice(0, TRAIN_DIGITS) if handwriting == "train" else slice(TRAIN_DIGITS, None)
         self.images = images[part]  # (N, 8, 8) in [0, 1]
-        self.by_digit = [(labels[part] == d).nonzero()[:, 0] for d in range(10)]
+        self.by_digit = labels[part].argsort(stable=True)  # which images are of a zero, a one, ...
+        self.counts = labels[part].bincount(minlength=10)
         every = {(c, d) for c in range(len(COLOURS)) for d in range(10)}
         wanted = {"seen": every - HELD_OUT, "held-out": HELD_OUT, "all": every}[pairs]
         self.pairs = torch.tensor(sorted(wanted))
@@ -108,9 +109,12 @@ class DigitScenes:
     def matching(self, ids: Tensor) -> Tensor:
         """An image of a scene that fits, for each of the captions ids (B, 5): (B, 3, 16, 16)."""
         u, jitter = self._choices("matching", range(len(ids)))
-        wanted = zip(*attributes(ids), u, strict=True)
-        fitting = [[self._fitting(c[k], d[k], row[k]) for k in range(2)] for c, d, row in wanted]
-        colours, digits = torch.stack([torch.stack(pair) for pair in fitting]).unbind(-1)  # (B, 2)
+        named_colours, named_digits = (named[..., None] for named in attributes(ids))  # (B, 2, 1)
+        fits = (named_colours < 0) | (self.pairs[:, 0] == named_colours)
+        fits &= (named_digits == len(DIGITS)) | (self.pairs[:, 1] == named_digits)
+        which = (u[:, :2] * fits.sum(-1)).long()[..., None]  # of those that fit, counted from 0
+        first = (fits.cumsum(-1) > which).int().argmax(-1)
+        colours, digits = self.pairs[first].unbind(-1)  # (B, 2)
         either = ids[:, 2] == WORD_ID["and"]
         arrangement = torch.where(either, (4 * u[:, 3]).long(), 2 * (ids[:, 2] == WORD_ID["above"]))
         return self._draw(colours, digits, arrangement, u, jitter)
@@ -120,13 +124,6 @@ class DigitScenes:
         draws = [generator(purpose, self.seed, i) for i in ids]
         u = torch.stack([torch.rand(16, generator=g) for g in draws])
         return u, torch.stack([torch.randn(2, 3, generator=g) for g in draws])
-
-    def _fitting(self, colour: Tensor, digit: Tensor, u: Tensor) -> Tensor:
-        """A (colour, digit) pair that fits what is named of an object."""
-        fits = (colour < 0) | (self.pairs[:, 0] == colour)
-        fits &= (digit == len(DIGITS)) | (self.pairs[:, 1] == digit)
-        pairs = self.pairs[fits]
-        return pairs[int(u * len(pairs))]
 
     def _caption(
         self, colours: Tensor, digits: Tensor, arrangement: Tensor, relation: Tensor, u: Tensor
@@ -143,17 +140,19 @@ class DigitScenes:
     def _draw(
         self, colours: Tensor, digits: Tensor, arrangement: Tensor, u: Tensor, jitter: Tensor
     ) -> Tensor:
-        canvas = torch.zeros(len(u), 3, self.size, self.size)
-        for b in range(len(u)):
-            offset = 4 * int(u[b, 8] * 3)  # across the axis: 0, 4 or 8
-            for k in range(2):
-                choices = self.by_digit[digits[b, k]]
-                digit = self.images[choices[int(u[b, 9 + k] * len(choices))]]  # (8, 8)
-                colour = (RGB[colours[b, k]] * (1 + 0.06 * jitter[b, k])).clamp(0, 1)
-                second = k ^ (int(arrangement[b]) % 2)  # object 1 is, when right or below
-                along = 8 * second
-                row, column = (offset, along) if arrangement[b] < 2 else (along, offset)
-                canvas[b, :, row : row + 8, column : column + 8] = colour[:, None, None] * digit
+        canvas, pixels = torch.zeros(len(u), 3, self.size, self.size), torch.arange(8)
+        which = (u[:, 9:11] * self.counts[digits]).long()  # of the images of a digit
+        first = self.counts.cumsum(0) - self.counts
+        shapes = self.images[self.by_digit[first[digits] + which]]  # (B, 2, 8, 8)
+        paint = (RGB[colours] * (1 + 0.06 * jitter)).clamp(0, 1)  # (B, 2, 3)
+        second = torch.arange(2) ^ (arrangement % 2)[:, None]  # object 1 is, when right or below
+        along, across = 8 * second, 4 * (u[:, 8:9] * 3).long()  # across the axis: 0, 4 or 8
+        beside = (arrangement < 2)[:, None]
+        row, column = torch.where(beside, across, along), torch.where(beside, along, across)
+        rows = row[..., None, None] + pixels[:, None]  # (B, 2, 8, 1)
+        columns = column[..., None, None] + pixels
+        scene = torch.arange(len(u))[:, None, None, None]
+        canvas[scene, :, rows, columns] = shapes[..., None] * paint[:, :, None, None]
         return 2 * canvas - 1
 
 
