@@ -520,7 +520,7 @@ def test_torchrun_restarts_ranks_when_one_is_killed(short, undisturbed, tmp_path
     out, printed = tmp_path / "run", tmp_path / "printed.txt"
     how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "forkserver"}
     config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, **how)
-    flags = [*short, "--shard", "fsdp", "--out", out]
+    flags = [*short, "--out", out]
     elastic_launch(config, processes.as_rank)(0, 0, 0, printed, killed_once, (out, flags))
     assert "continuing" in printed.read_text(), printed.read_text()
     assert_near(out, undisturbed(*short, "--accumulate", 2))
