@@ -321,5 +321,6 @@ def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> i
         changed = dataclasses.replace(cfg, **fields, ttur=1)  # a student's turn has the peak
         other = measure(changed, train_step, count, memory)
         shown = "  fits" if fits(other, memory) else ""
-        print(f"  {name:<36}{other.total / 1e9:>8.2f}{shown}", flush=True)
+        if other.total < plan.total:
+            print(f"  {name:<36}{other.total / 1e9:>8.2f}{shown}", flush=True)
     return 1
