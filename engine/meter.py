@@ -2,6 +2,7 @@
 
     Meter          inside it a tensor without memory stands for one of the GPU's, a real one for the
                    host's; what a tensor of the GPU takes part in is the GPU's
+    Storages       what the tensors seen inside hold, which a run on no GPU counts too (tests/machine.py)
     Meter.hollow   a network whose weights have no memory; making: all that is made is so
     Meter.watch    what a network does, forward and backward, counts as its own
 
@@ -150,7 +151,9 @@ class Kernels:
         return (made if many else made[0]), flops
 
 
-class Meter(TorchDispatchMode):
+class Storages(TorchDispatchMode):
+    """Hears of every storage that is seen inside it: what it holds, until its end. See `count`."""
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
@@ -158,7 +161,39 @@ class Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.compute = Kernels()
-        self.storages: dict[int, list] = {}  # by address: its bytes, who hears of its end
+        # By address: its bytes, the kind of its device, who hears of its end.
+        self.storages: dict[int, list] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self.storages:
+            end = weakref.ref(storage, functools.partial(self.forget, address))
+            self.storages[address] = counted = [0, tensor.device.type, end]
+            self.count(counted, storage.nbytes())
+
+    def forget(self, address: int, _) -> None:
+        self.count(self.storages.pop(address), 0)
+
+    def count(self, counted: list, size: int) -> None:
+        """Bytes of one storage, an entry of `storages`, are now `size`."""
+        raise NotImplementedError
+
+    def heard(self, resize: Callable) -> Callable:
+        """Of storages, which FSDP resizes to free memory and to take it."""
+
+        def resize_(storage, size):
+            resize(storage, size)
+            if counted := self.storages.get(storage._cdata):
+                self.count(counted, storage.nbytes())
+            return storage
+
+        return resize_
+
+
+class Meter(Storages):
+    def __init__(self):
+        super().__init__()
         self.now, self.is_making = 0, False
         self.part, self.doing = "", "forward"  # which network, and what it does
         self.back = ""  # which one a backward pass is in
@@ -243,34 +278,13 @@ class Meter(TorchDispatchMode):
 
     # --- bytes -----------------------------------------------------------------------------------
 
-    def see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self.storages:
-            end = weakref.ref(storage, functools.partial(self.forget, address))
-            self.storages[address] = counted = [0, end]
-            self.count(counted, storage.nbytes())
-
-    def forget(self, address: int, _) -> None:
-        self.count(self.storages.pop(address), 0)
-
     def count(self, counted: list, size: int) -> None:
-        """Bytes of one storage are now `size`."""
         self.now, counted[0] = self.now + size - counted[0], size
         stage = self.stage()
         self.stages[stage] = max(self.stages.get(stage, 0), self.now)
         self.peak = max(self.peak, self.now)
 
     def __enter__(self):
-        """FSDP frees and takes memory by resizing storages: they are listened to."""
-        resize = torch.UntypedStorage.resize_
-
-        def resize_(storage, size):
-            resize(storage, size)
-            if counted := self.storages.get(storage._cdata):
-                self.count(counted, storage.nbytes())
-            return storage
-
         leave = torch.autocast.__exit__
 
         def left(self, *error):
@@ -280,7 +294,8 @@ class Meter(TorchDispatchMode):
 
         self.replaced = []
         self.replace(torch.autocast, "__exit__", left)
-        self.replace(torch.UntypedStorage, "resize_", resize_)
+        resize = torch.UntypedStorage.resize_
+        self.replace(torch.UntypedStorage, "resize_", self.heard(resize))
         for kind in (FakeTensor, DTensor):
             self.replace(kind, "is_cuda", True)
             self.replace(kind, "is_cpu", False)

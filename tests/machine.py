@@ -16,7 +16,6 @@ kernels, time, fragmentation, and whatever writes tensors to a file.
 """
 
 import ctypes
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -51,7 +50,6 @@ def build_library() -> Path:
 assert "torch" not in sys.modules, "torch asks once which devices there are: import this before it"
 assert ctypes.CDLL(str(build_library())).fake_cuda_works()
 
-import weakref  # noqa: E402
 from collections import Counter  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -65,10 +63,9 @@ from torch._subclasses import fake_tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.optim.optimizer import _foreach_supported_types  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
-from engine.meter import Kernels, tensors_in  # noqa: E402
+from engine.meter import Storages, tensors_in  # noqa: E402
 
 torch.set_num_threads(1)
 aten = torch.ops.aten
@@ -225,20 +222,13 @@ ATTENTION = {
 }
 
 
-class Machine(TorchDispatchMode):
+class Machine(Storages):
     """As a context: everything inside runs on it."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __init__(self):
         super().__init__()
-        self.compute = Kernels()
         self.answers = {"any": True}  # by the function that made it: what a truth read off is
         self.made_by = WeakIdKeyDictionary()  # truths on the GPU -> that function
-        # By address: its bytes, whether on the GPU, who hears of its end.
-        self.storages: dict[int, list] = {}
         self.now, self.host, self.host_peak = 0, 0, 0  # host: fake tensors of the CPU
         self.stage = ""
         self.reset()
@@ -253,21 +243,12 @@ class Machine(TorchDispatchMode):
 
     # --- bytes -----------------------------------------------------------------------------------
 
-    def see(self, tensor: FakeTensor) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self.storages and tensor.fake_device.type != "meta":
-            end = weakref.ref(storage, functools.partial(self.forget, address))
-            self.storages[address] = counted = [0, on_cuda(tensor), end]
-            self.count(counted, storage.nbytes())
-
-    def forget(self, address: int, _) -> None:
-        self.count(self.storages.pop(address), 0)
-
     def count(self, counted: list, size: int) -> None:
-        """Bytes of one storage are now `size`."""
-        change, counted[0] = size - counted[0], size
-        if not counted[1]:
+        (before, device, _), counted[0] = counted, size
+        change = size - before
+        if device == "meta":
+            return
+        if device == "cpu":
             self.host += change
             self.host_peak = max(self.host_peak, self.host)
             return
@@ -278,18 +259,9 @@ class Machine(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __enter__(self):
-        """FSDP frees and takes memory by resizing storages: they are listened to."""
-        self.lift = torch._C._only_lift_cpu_tensors()
+        self.lift, self.resize = torch._C._only_lift_cpu_tensors(), torch.UntypedStorage.resize_
         torch._C._set_only_lift_cpu_tensors(True)
-        resize = self.resize = torch.UntypedStorage.resize_
-
-        def resize_(storage, size):
-            resize(storage, size)
-            if counted := self.storages.get(storage._cdata):
-                self.count(counted, storage.nbytes())
-            return storage
-
-        torch.UntypedStorage.resize_ = resize_
+        torch.UntypedStorage.resize_ = self.heard(self.resize)
         return super().__enter__()
 
     def __exit__(self, *error):
