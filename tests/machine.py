@@ -28,7 +28,8 @@ import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT, TESTS = f"{HERE.parent}{os.sep}", f"{HERE}{os.sep}"
+ROOT = f"{HERE.parent}{os.sep}"
+WATCHING = (f"{HERE}{os.sep}", f"{ROOT}engine{os.sep}meter.py")  # and not watched
 CACHE = Path(tempfile.gettempdir(), f"fake-cuda-{os.getuid()}")
 
 
@@ -197,7 +198,8 @@ def place_from(frame, depth: int) -> tuple[str, str] | None:
     function, lines = "", []
     while frame and len(lines) < depth:
         file = frame.f_code.co_filename
-        if file.startswith(ROOT) and not file.startswith(TESTS) and "site-packages" not in file:
+        watched = file.startswith(ROOT) and not file.startswith(WATCHING)
+        if watched and "site-packages" not in file:
             file = file.removeprefix(ROOT)
             function = function or f"{file}:{frame.f_code.co_qualname.split('.<locals>')[0]}"
             lines.append(f"{file}:{frame.f_lineno}")
