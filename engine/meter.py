@@ -2,7 +2,7 @@
 
     Meter          inside it a tensor without memory stands for one of the GPU's, a real one for the
                    host's; what a tensor of the GPU takes part in is the GPU's
-    Storages       what the tensors seen inside hold, which a run on no GPU counts too (tests/machine.py)
+    Storages       what the tensors seen inside hold; tests/machine.py counts by it too
     Meter.hollow   a network whose weights have no memory; making: all that is made is so
     Meter.watch    what a network does, forward and backward, counts as its own
 
