@@ -16,6 +16,7 @@ START = (
     "--guidance-dmd 1.3 2.7 --guidance-isg 2 2"
 )
 SLOW, LOW = "--lr-fake 1e-4", "--lr-fake 1e-4 --guidance-dmd 1 2"
+GAN, HIGHER = f"{LOW} --w-gan .3", "--lr-fake 1e-4 --guidance-dmd 1 2.2 --w-gan .3"
 CHANGES = {
     "start": "",
     "slow": SLOW,
@@ -23,12 +24,29 @@ CHANGES = {
     "slow-gan3": f"{SLOW} --w-gan .3",
     "slow-isg2": f"{SLOW} --w-isg 2",
     "slow-g2": LOW,
-    "slow-g2-gan3": f"{LOW} --w-gan .3",
+    "slow-g2-gan3": GAN,
     "g2-gan6-isg8": f"{LOW} --w-gan .6 --w-isg 8",
-    "g2-gan3-pb1": f"{LOW} --w-gan .3 --p-backward 1",
-    "two-a": f"{LOW} --w-gan .3 --student-steps 2",
+    "g2-gan3-pb1": f"{GAN} --p-backward 1",
+    "g2-gan3-ema99": f"{GAN} --ema .99",
+    "g2-gan3-lambda9": f"{GAN} --ida-decay .9",
+    "g2-gan3-logit": f"{GAN} --t-dmd logit-normal",
+    "g2-gan3-ttur3": f"{GAN} --ttur 3",
+    "g2-gan3-lr25": f"{GAN} --lr 2.5e-4 --p-backward .8",
+    "g2-gan3-lr10": f"{GAN} --lr 1e-4 --p-backward .8",
+    "g2-gan3-taus": f"{GAN} --p-backward .8 --taus 1 .85 .62 .33",
+    "g22-pb8-isg8": f"{HIGHER} --p-backward .8 --w-isg 8",
+    "g22-pb1-isg10": f"{HIGHER} --p-backward 1 --w-isg 10",
+    "g22-pb1-isg7": f"{HIGHER} --p-backward 1 --w-isg 7",
+    "g22-pb1-isg7-long": f"{HIGHER} --p-backward 1 --w-isg 7 --steps 1100",
+    "mid": "--lr-fake 2e-4 --guidance-dmd 1 2.2 --w-gan .3 --w-isg 6",
+    "mid-no-ida": "--lr-fake 2e-4 --guidance-dmd 1 2.2 --w-gan .3 --w-isg 6 --no-ida",
+    "two-a": f"{GAN} --student-steps 2",
+    "two-b": "--lr-fake 5e-4 --w-isg 3 --p-backward 1 --student-steps 2 --taus 1 .55",
     "one-t2": "--student-steps 1 --ttur 2 --lr 3e-4 --lr-fake 5e-4 --guidance-dmd 1.5 3.5 "
     "--w-isg 3 --no-gan --steps 600",
+    "rescale": "--guidance-rescale .7",  # the knobs that presets leave off, beside "start"
+    "t-guidance": "--t-guidance logit-normal",
+    "anchor-weights": "--anchor-weights .5 1 1 1.5",
 }
 SETTINGS = {
     name: (flags or "where it began", f"{START} {flags}") for name, flags in CHANGES.items()
