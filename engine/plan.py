@@ -320,7 +320,7 @@ def show_plan(cfg: Config, given: argparse.Namespace, train_step: Callable) -> i
     for name, fields, count in changes(plan):
         changed = dataclasses.replace(cfg, **fields, ttur=1)  # a student's turn has the peak
         other = measure(changed, train_step, count, memory)
-        shown = "  fits" if fits(other, memory) else ""
         if other.total < plan.total:
+            shown = "  fits" if fits(other, memory) else ""
             print(f"  {name:<36}{other.total / 1e9:>8.2f}{shown}", flush=True)
     return 1
