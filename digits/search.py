@@ -38,10 +38,11 @@ CHANGES = {
     "g22-pb1-isg10": f"{HIGHER} --p-backward 1 --w-isg 10",
     "g22-pb1-isg7": f"{HIGHER} --p-backward 1 --w-isg 7",
     "g22-pb1-isg7-long": f"{HIGHER} --p-backward 1 --w-isg 7 --steps 1100",
-    "mid": "--lr-fake 2e-4 --guidance-dmd 1 2.2 --w-gan .3 --w-isg 6",
-    "mid-no-ida": "--lr-fake 2e-4 --guidance-dmd 1 2.2 --w-gan .3 --w-isg 6 --no-ida",
+    "g2-gan3-constant": f"{GAN} --lr 1e-4 --lr-final 1",
     "two-a": f"{GAN} --student-steps 2",
     "two-b": "--lr-fake 5e-4 --w-isg 3 --p-backward 1 --student-steps 2 --taus 1 .55",
+    "two-c": "--lr-fake 5e-4 --guidance-dmd 1 2.2 --w-isg 4 --w-gan .3 --p-backward 1 "
+    "--student-steps 2 --taus 1 .55",
     "one-t2": "--student-steps 1 --ttur 2 --lr 3e-4 --lr-fake 5e-4 --guidance-dmd 1.5 3.5 "
     "--w-isg 3 --no-gan --steps 600",
     "rescale": "--guidance-rescale .7",  # the knobs that presets leave off, beside "start"
