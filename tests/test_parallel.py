@@ -20,7 +20,7 @@ from own import flags_of, settings_of
 from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, embedded, make_official
-from test_hacking import follow_sid, step_of_muon, untrained
+from test_hacking import assert_nothing_is_left, follow_sid, step_of_muon, untrained
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import Shard, _sharding_prop
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -116,6 +116,7 @@ def looked(out: Path, shard: str = "none") -> dict[str, float]:
 
 def follow_all(own: Path, out: Path, runs: dict) -> None:
     teachers.FOUND |= SMALL  # of this process, which ends with this
+    build.COMPILER = "eager"  # likewise
     with processes.ranks_of_torchrun():
         looked(out, "fsdp")
         pull(out / "ida", "fsdp")
@@ -123,7 +124,6 @@ def follow_all(own: Path, out: Path, runs: dict) -> None:
         for shard in ("fsdp", "ddp"):
             step_of_muon(out / f"muon, {shard}", shard)
         for name, flags in runs.items():
-            build.COMPILER = "eager" if flags.get("compile") else "inductor"
             follow(out / name, **flags)
 
 
@@ -302,9 +302,7 @@ def test_strided_shards_are_looked_for_once_a_call(monkeypatch):
 
 def test_in_shards_a_loss_through_the_fake_score_leaves_nothing_in_its_update(two_ranks):
     """As in test_hacking.py, bit for bit."""
-    for name, tensors in two_ranks["sid"]["sid"].items():
-        for x, y in zip(tensors, two_ranks["sid"]["usual"][name], strict=True):
-            assert torch.equal(x, y), name
+    assert_nothing_is_left(two_ranks["sid"])
 
 
 @pytest.mark.parametrize("shard, tolerance", [("fsdp", 0.05), ("ddp", 0.0)])
