@@ -1,6 +1,5 @@
 """What each part of the method does on the embedded task: every combination of IDA, ISG and the
-discriminator, students trained for fewer steps, a fake score that lags, and adapters, over several
-seeds.
+discriminator, students trained for fewer steps, and adapters, over several seeds.
 
     python -m digits.ablation                            # every kind of run, seeds 0, 1 and 2
     python -m digits.ablation --kinds dmd all --seeds 0
@@ -45,7 +44,7 @@ from teachers.students import load_student, student_taus
 
 TEACHER = find("digits")
 PRESET = TEACHER.preset
-FEWER, SLOW = ("two", "one"), ("slow", "slow-ida", "slow-no-ida", "slow-all")
+FEWER = ("two", "one")
 ADAPTERS = ("lora", "lora-4", "lora-64", "lora-random", "lora-both", "lora-no-ida")
 WITHOUT = ("--exam-every", "0", "--watch-every", "0")  # what a run here does without
 COUNTS = (1, 2, 4, 8)  # steps at which a student is examined
@@ -162,13 +161,14 @@ def picture(path: Path, teacher: list[dict], students: dict[str, list[list[dict]
     few, graphs = teacher[:0:-1], []  # without its 50 steps
     nfe, fd = [row["nfe"] for row in few], [[row["fd"] for row in few]]
     for title, kinds in (
-        ("FD-T, by parts", [kind for kind in KINDS if kind not in FEWER + SLOW + ADAPTERS]),
+        ("FD-T, by parts", [kind for kind in KINDS if kind not in FEWER + ADAPTERS]),
         ("FD-T, trained for 4, 2, 1 steps", ("all", *FEWER)),
-        ("FD-T, slow fake score", SLOW),
         ("FD-T, adapters", ADAPTERS),
     ):
-        lines = {"teacher, guided": (nfe, fd)}
-        for kind in [kind for kind in kinds if kind in students]:
+        kinds, lines = [kind for kind in kinds if kind in students], {"teacher, guided": (nfe, fd)}
+        if graphs and set(kinds) <= {"all"}:
+            continue  # nothing that the first does not show
+        for kind in kinds:
             y = [[row["fd"] for row in rows] for rows in students[kind]]
             lines[KINDS[kind][0]] = (list(COUNTS), y)
         graphs.append(Graph(title, "network evaluations", "log", lines))

@@ -9,14 +9,16 @@ has each at the number of steps that it is trained for. Writes table.md and metr
 
 from engine.flags import ablation_arguments
 
-# Where the search began, in full, since what a preset is changes with what is found.
+# Where the search began, in full: the preset until "chosen" became it.
 START = (
     "--lr 1.5e-4 --lr-fake 1.2e-3 --lr-disc 5e-4 --lr-warmup 50 --lr-start 0 --lr-final 0.1 "
-    "--ema 0.98 --batch 32 --steps 750 --t-fake uniform --w-isg 5 --w-gan 0.15 "
-    "--guidance-dmd 1.3 2.7 --guidance-isg 2 2"
+    "--betas .9 .999 --ema 0.98 --batch 32 --steps 750 --t-fake uniform --p-backward .5 "
+    "--w-isg 5 --w-gan 0.15 --guidance-dmd 1.3 2.7 --guidance-isg 2 2"
 )
 SLOW, LOW = "--lr-fake 1e-4", "--lr-fake 1e-4 --guidance-dmd 1 2"
 GAN, HIGHER = f"{LOW} --w-gan .3", "--lr-fake 1e-4 --guidance-dmd 1 2.2 --w-gan .3"
+FAKE3 = "--lr-fake 3e-4 --guidance-dmd 1 2.2 --w-gan .3 --p-backward .8 --w-isg 8"
+CHOSEN = f"{FAKE3} --betas 0 .999"
 CHANGES = {
     "start": "",
     "slow": SLOW,
@@ -39,6 +41,13 @@ CHANGES = {
     "g22-pb1-isg7": f"{HIGHER} --p-backward 1 --w-isg 7",
     "g22-pb1-isg7-long": f"{HIGHER} --p-backward 1 --w-isg 7 --steps 1100",
     "g2-gan3-constant": f"{GAN} --lr 1e-4 --lr-final 1",
+    "fake3": FAKE3,
+    "fake12": f"{FAKE3} --lr-fake 1.2e-3",
+    "chosen": CHOSEN,
+    "chosen-fake1": f"{CHOSEN} --lr-fake 1e-4",
+    "chosen-fake6": f"{CHOSEN} --lr-fake 6e-4",
+    "chosen-isg5": f"{CHOSEN} --w-isg 5",
+    "chosen-unshifted": f"{CHOSEN} --shift 1 --taus 1 .857142857 .666666667 .4",
     "two-a": f"{GAN} --student-steps 2",
     "two-b": "--lr-fake 5e-4 --w-isg 3 --p-backward 1 --student-steps 2 --taus 1 .55",
     "two-c": "--lr-fake 5e-4 --guidance-dmd 1 2.2 --w-isg 4 --w-gan .3 --p-backward 1 "

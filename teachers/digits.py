@@ -19,22 +19,32 @@ PRESET = Config(
     shift=2.0,
     ema=0.98,
     guidance=2.0,
-    guidance_dmd=(1.3, 2.7),
+    guidance_dmd=(1.0, 2.2),
     guidance_isg=(2.0, 2.0),
+    p_backward=0.8,
     t_fake="uniform",
-    w_isg=5.0,
-    w_gan=0.15,
+    w_isg=8.0,
+    w_gan=0.3,
     steps=750,
     batch=32,
+    betas=(0.0, 0.999),
     lr=1.5e-4,
-    lr_fake=1.2e-3,
+    lr_fake=3e-4,
     lr_disc=5e-4,
     lr_warmup=50,
     lr_start=0.0,
     lr_final=0.1,
     watch_every=50,
 )
-FEWER = {"lr_fake": 5e-4, "guidance_dmd": (1.5, 3.5), "w_isg": 0.3, "w_gan": 0.0, "steps": 600}
+FEWER = {
+    "guidance_dmd": (1.5, 3.5),
+    "p_backward": 0.5,
+    "w_isg": 0.3,
+    "w_gan": 0.0,
+    "steps": 600,
+    "betas": (0.9, 0.999),
+    "lr_fake": 5e-4,
+}
 
 
 class Digits(Teacher):

@@ -50,9 +50,8 @@ def test_every_combination_of_the_three_parts_is_a_kind(monkeypatch):
         assert cfg.seed == 5 and not cfg.table
         on = (cfg.ida_decay < 1, cfg.w_isg > 0, cfg.w_gan > 0)
         assert (cfg.student_steps < 4) == (kind in ablation.FEWER)
-        assert (cfg.lr_fake < 2e-4) == (kind in ablation.SLOW)
         assert (cfg.adapter > 0) == (kind in ablation.ADAPTERS)
-        if kind not in ablation.FEWER + ablation.SLOW + ablation.ADAPTERS:
+        if kind not in ablation.FEWER + ablation.ADAPTERS:
             parts[on] = kind
             named = [word in title or title == "all three" for word in ("IDA", "ISG", "disc")]
             assert tuple(named) == on, f"{title}: {on}"

@@ -30,6 +30,12 @@ def test_a_setting_is_the_start_with_what_its_title_says(monkeypatch):
     assert len({repr(cfg) for cfg in seen.values()}) == len(seen)
 
 
+def test_the_chosen_setting_is_the_preset(monkeypatch):
+    """Of every value; at two steps and one the preset is another."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags_of("", 5, None)])
+    assert config_of("chosen", monkeypatch) == train.train_arguments(None)[0]
+
+
 def test_the_table_has_each_setting_at_its_own_steps(command, monkeypatch, tmp_path):
     made = [row(f"student {n}, x0", n, 90.0 + n) for n in COUNTS]
     two = next(kind for kind, flags in search.CHANGES.items() if search.own_steps(flags) == 2)
