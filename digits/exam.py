@@ -9,6 +9,7 @@ Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from zipfile import BadZipFile
 from zlib import crc32
@@ -267,8 +268,7 @@ def exam_table(
     if teacher is not None:
         rows.append({"name": "real, held out", "nfe": 0} | exam.row(exam.real))
         rows.append({"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor))
-        few = [(steps, True) for steps in (8, 4, 2, 1)] + [(n, False) for n in (50, 8, 4, 2, 1)]
-        for steps, guided in few:
+        for guided, steps in product((True, False), (8, 4, 2, 1)):
             plan.append(("teacher", teacher, grid(teacher.schedule, steps), "euler", guided))
         counts = [1, 2, 4, 8]
     for sampler in ("x0", "euler"):
