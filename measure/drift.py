@@ -103,5 +103,6 @@ def advice(name: str, side: str) -> str:
     if name in DISTANCES:
         return "more than variety, or noise: a lower --lr, a higher --w-isg"
     if side == "high":
-        return "too strong: a lower --guidance-dmd, --guidance-rescale .7, a higher --w-isg"
+        less = "a lower --guidance-dmd, --guidance-rescale .7, no momentum (--betas 0 .999)"
+        return f"too strong: {less}, a higher --w-isg"
     return "too weak: a higher --w-gan or --guidance-dmd, or more --steps"
