@@ -52,6 +52,8 @@ CHANGES = {
     "two-b": "--lr-fake 5e-4 --w-isg 3 --p-backward 1 --student-steps 2 --taus 1 .55",
     "two-c": "--lr-fake 5e-4 --guidance-dmd 1 2.2 --w-isg 4 --w-gan .3 --p-backward 1 "
     "--student-steps 2 --taus 1 .55",
+    "two-d": "--lr-fake 5e-4 --betas 0 .999 --w-isg 3 --p-backward 1 "
+    "--student-steps 2 --taus 1 .55",
     "one-t2": "--student-steps 1 --ttur 2 --lr 3e-4 --lr-fake 5e-4 --guidance-dmd 1.5 3.5 "
     "--w-isg 3 --no-gan --steps 600",
     "rescale": "--guidance-rescale .7",  # the knobs that presets leave off, beside "start"
