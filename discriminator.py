@@ -60,8 +60,9 @@ class SpectralConv(nn.Module):
         return self.weight / (self.u @ matrix @ v)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding:
-            x = F.pad(x, [self.padding] * 4, mode="circular")
+        if p := self.padding:  # in a circle; on a CPU several times as fast as F.pad
+            x = torch.cat([x[:, :, -p:], x, x[:, :, :p]], dim=2)
+            x = torch.cat([x[..., -p:], x, x[..., :p]], dim=3)
         return F.conv2d(x, self.normalised(), self.bias, stride=self.stride)
 
 
@@ -77,11 +78,11 @@ class GroupStatistics(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = []
-        for part in x.split(self.group):
-            variance, mean = torch.var_mean(part, dim=(0, 2, 3), keepdim=True, correction=0)
-            parts.append((part - mean) * (variance + 1e-5).rsqrt())
-        return torch.cat(parts) * self.weight[:, None, None] + self.bias[:, None, None]
+        def norm(part: Tensor) -> Tensor:  # F.batch_norm, which refuses a group of one value
+            affine, memory = (self.weight, self.bias), (None, None)
+            return torch.batch_norm(part, *affine, *memory, True, 0.0, 1e-5, False)
+
+        return torch.cat([norm(part) for part in x.split(self.group)])
 
 
 class Block(nn.Module):

