@@ -387,7 +387,7 @@ def build_optimizers(
     """
     trained = [p for p in net.parameters() if p.requires_grad]
     adam = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0}
-    adam["fused"] = trained[0].is_cuda  # else an update's temporary is as large as a network
+    adam["fused"] = True  # else an update's temporary is as large as a network
     if cfg.optimizer == "adamw":
         return [torch.optim.AdamW(trained, **adam)]
     if cfg.optimizer != "muon":
