@@ -31,14 +31,12 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times
+from digits.exam import COLUMNS, Exam, aligned, exam_row, student_times, teacher_rows
 from engine import ranks
 from engine.pictures import Graph, graphs_alone
 from nets.disk import hold, try_folder, write_text
-from schedule import grid
 from teachers import find
 from teachers.students import load_student, student_taus
 
@@ -125,15 +123,6 @@ def examine(exam: Exam, path: Path) -> list[dict]:
 
 
 # --- all of them ---------------------------------------------------------------------------------
-
-
-def teacher_rows(exam: Exam, teacher: nn.Module) -> list[dict]:
-    """The guided teacher's; every student is held against its 50 steps."""
-    rows = [{"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor)]
-    for steps in (4, 2, 1):
-        times = grid(teacher.schedule, steps)
-        rows.append(exam_row(exam, "teacher", teacher, times, "euler", guided=True))
-    return rows
 
 
 def table(known: dict, teacher: list[dict], students: dict[str, list[list[dict]]]) -> str:
@@ -225,7 +214,7 @@ def examine_all(given: argparse.Namespace) -> tuple[list[dict], dict[str, list[l
         exam.ask_teacher(teacher)
         with hold(given.out):
             students = run_all(given, exam)
-            rows = teacher_rows(exam, teacher)
+            rows = [row for row in teacher_rows(exam, teacher) if row["name"].endswith(", guided")]
             metrics = {"seeds": given.seeds, "teacher": rows, "students": students}
             write_text(given.out / "metrics.json", json.dumps(metrics, indent=1))
     return rows, students

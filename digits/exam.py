@@ -3,11 +3,13 @@
     read_scene, effective_number  are all *named* attributes right, how varied are the *open* ones
     Exam                          one sampler's images -> one row of the table
     exam_row                      one network's images at given times
+    teacher_rows                  real scenes and the teacher, which no student changes
     exam_table, format_table      teacher beside student
 
 Never read "clean" without FD-T: an over-contrasted student is clean and wrong.
 """
 
+import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -78,14 +80,14 @@ def read_scene(verdict: Verdict, ids: Tensor) -> Reading:
 
 
 def effective_number(seen: Tensor, is_open: Tensor) -> float:
-    """1 / P(two samples of one caption agree).
+    """1 / P(two samples of one caption agree); inf if none do.
 
     seen (captions, samples), is_open (captions,): which captions count.
     """
     seen = seen[is_open]
     samples = seen.shape[1]
     agree = (seen[:, :, None] == seen[:, None, :]).sum((1, 2)) - samples
-    return 1 / (agree.float().mean() / (samples * (samples - 1))).item()
+    return (samples * (samples - 1) / agree.float().mean()).item()
 
 
 # --- the questions -------------------------------------------------------------------------------
@@ -159,13 +161,15 @@ class Exam:
 
     def ask_teacher(self, teacher: nn.Module) -> None:
         """The teacher's 50-step samples, from assets/ if they were made with these weights."""
-        images = cached_samples(self.fingerprint(teacher))
-        if images is None:
-            taus = grid(teacher.schedule, 50)
-            images = [
-                self.sample(teacher, taus, "euler", guided=True, seed=s)
-                for s in tqdm((0, 1), desc="teacher, 50 steps")
-            ]
+        self.compare_with(cached_samples(self.fingerprint(teacher)) or self.draw_teacher(teacher))
+
+    def draw_teacher(self, teacher: nn.Module) -> list[Tensor]:
+        """Its 50-step samples for the prompts in order, from two noises."""
+        seeds, taus = tqdm((0, 1), desc="teacher, 50 steps"), grid(teacher.schedule, 50)
+        return [self.sample(teacher, taus, "euler", guided=True, seed=s) for s in seeds]
+
+    def compare_with(self, images: list[Tensor]) -> None:
+        """The teacher's 50-step samples, from two noises."""
         self.reference, self.floor = self.features(images[0]), images[1]
 
     def row(self, images: Tensor) -> dict[str, float | None]:
@@ -257,24 +261,48 @@ def student_times(net: nn.Module, taus: tuple[float, ...], steps: int) -> list[f
     return list(taus) if steps == len(taus) else grid(net.schedule, steps)
 
 
+def teacher_rows(exam: Exam, teacher: nn.Module) -> list[dict]:
+    """What no student changes: from assets/ if made with these networks and questions."""
+    try:
+        kept = json.loads((ASSETS / ROWS).read_text())
+        if kept["fingerprint"] == rows_fingerprint(exam, teacher):
+            return kept["rows"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass  # absent or damaged
+    return draw_rows(exam, teacher)
+
+
+ROWS = "teacher_rows.json"
+
+
+def rows_fingerprint(exam: Exam, teacher: nn.Module) -> str:
+    """Of all that the teacher's rows depend on, but for the code."""
+    return f"{exam.fingerprint(teacher)}, judge {digest(exam.judge)}"
+
+
+def draw_rows(exam: Exam, teacher: nn.Module) -> list[dict]:
+    """Real scenes, and the teacher at several numbers of steps."""
+    rows = [
+        {"name": "real, held out", "nfe": 0} | exam.row(exam.real),
+        {"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor),
+    ]
+    for guided, steps in tqdm([*product((True, False), (8, 4, 2, 1))], desc="teacher's rows"):
+        times = grid(teacher.schedule, steps)
+        rows.append(exam_row(exam, "teacher", teacher, times, "euler", guided))
+    return rows
+
+
 def exam_table(
     exam: Exam, student: nn.Module, taus: tuple[float, ...], teacher: nn.Module | None
 ) -> list[dict]:
-    """Rows for format_table: teacher and student at several numbers of steps, by every sampler.
-
-    taus: the student's own anchors. Without a teacher: only the student at its own anchors.
+    """Rows for format_table: the teacher's, then the student's at several numbers of steps, and at
+    its own anchors taus by Euler too. Without a teacher: only at its own anchors.
     """
-    rows, plan, counts = [], [], [len(taus)]
-    if teacher is not None:
-        rows.append({"name": "real, held out", "nfe": 0} | exam.row(exam.real))
-        rows.append({"name": "teacher 50, guided", "nfe": 100} | exam.row(exam.floor))
-        for guided, steps in product((True, False), (8, 4, 2, 1)):
-            plan.append(("teacher", teacher, grid(teacher.schedule, steps), "euler", guided))
-        counts = [1, 2, 4, 8]
-    for sampler in ("x0", "euler"):
-        every = [student_times(student, taus, steps) for steps in counts]
-        plan += [("student", student, times, sampler) for times in every]
-    return rows + [exam_row(exam, *asked) for asked in tqdm(plan, desc="table")]
+    rows = teacher_rows(exam, teacher) if teacher is not None else []
+    counts = sorted({1, 2, 4, 8, len(taus)}) if rows else [len(taus)]
+    plan = [(student_times(student, taus, steps), "x0") for steps in counts]
+    plan.append((list(taus), "euler"))
+    return rows + [exam_row(exam, "student", student, *how) for how in tqdm(plan, desc="table")]
 
 
 # --- the table -----------------------------------------------------------------------------------

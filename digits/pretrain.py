@@ -1,4 +1,4 @@
-"""How the embedded networks were made. Writes judge, backbone, teacher, teacher_samples to assets/.
+"""How the embedded networks were made. Writes judge, backbone, teacher, its samples to assets/.
 
     python -m digits.pretrain            # all, about half an hour on two cores
     python -m digits.pretrain teacher    # one of them: judge | backbone | teacher | samples
@@ -8,7 +8,7 @@ judge      a CNN that reads scenes, the evaluator: first on clean scenes, then o
 backbone   a small DINOv2-shaped ViT for the discriminator, another network on purpose: it names
            what is in the scene (class token) and removes noise (patch tokens)
 teacher    an MM-DiT trained by flow matching
-samples    the teacher's 50-step samples, which FD-T compares with
+samples    the teacher's 50-step samples, which FD-T compares with, and the table's rows of it
 
 The same command continues what was interrupted: what has been learned is kept in runs/pretrain/,
 and assets/ changes when a network is done. The settings are here; the log of the shipped weights is
@@ -20,6 +20,7 @@ from engine.flags import pretrain_arguments
 if __name__ == "__main__":  # --help, and what cannot be, is answered here: torch takes seconds
     pretrain_arguments(__doc__)
 
+import json
 import math
 import time
 from pathlib import Path
@@ -32,19 +33,19 @@ from tqdm import tqdm
 
 from config import Refusal
 from digits import ASSETS
-from digits.exam import Exam, read_scene
+from digits.exam import ROWS, Exam, draw_rows, read_scene, rows_fingerprint
 from digits.judge import Judge
 from digits.scenes import DigitScenes, Scenes
 from digits.words import SceneText
 from engine.ranks import refusals
 from ida import ida_update
 from measure.distances import to_uint8
-from nets.disk import hold, try_folder, whole
+from nets.disk import hold, try_folder, whole, write_text
 from nets.mmdit import MMDiT
 from nets.pickles import UNREADABLE, first_line
 from nets.vision import ViT
 from nets.weights import save_weights
-from schedule import generator, grid
+from schedule import generator
 from teachers import find
 
 SEED = 0
@@ -317,20 +318,19 @@ def train_teacher(
 
 
 def save_samples() -> None:
-    """The teacher's guided 50-step samples, two seeds: every exam would spend a minute on them."""
+    """The teacher's guided 50-step samples, two seeds, and the table's rows of it: every exam would
+    spend minutes on them.
+    """
     teacher = TEACHER.load(PRESET.shift, TEACHER.locate()["denoiser"])
     exam = Exam(PRESET.guidance)
-    taus = grid(teacher.schedule, 50)
-    images = {
-        f"seed{s}": to_uint8(exam.sample(teacher, taus, "euler", guided=True, seed=s)).numpy()
-        for s in (0, 1)
-    }
-    path = ASSETS / "teacher_samples.npz"
+    images, path = exam.draw_teacher(teacher), ASSETS / "teacher_samples.npz"
+    arrays = {f"seed{s}": to_uint8(x).numpy() for s, x in enumerate(images)}
     with whole(path) as part:
-        np.savez_compressed(part, fingerprint=exam.fingerprint(teacher), **images)
-    print(
-        f"{path.name}: {len(images['seed0'])} images twice, {path.stat().st_size / 2**20:.1f} MiB"
-    )
+        np.savez_compressed(part, fingerprint=exam.fingerprint(teacher), **arrays)
+    print(f"{path.name}: {len(images[0])} images twice, {path.stat().st_size / 2**20:.1f} MiB")
+    exam.compare_with(images)
+    rows = {"fingerprint": rows_fingerprint(exam, teacher), "rows": draw_rows(exam, teacher)}
+    write_text(ASSETS / ROWS, json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -341,7 +341,7 @@ def main() -> None:
         for name, job in jobs.items():
             if which in ("all", name):
                 job()
-        if which in ("all", "teacher", "samples"):
+        if which != "backbone":
             save_samples()
 
 

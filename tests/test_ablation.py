@@ -81,7 +81,7 @@ def test_runs_are_trained_examined_and_kept(command, small, tmp_path, monkeypatc
     code, out, err = command(ablation, *flags)
     assert code == 0, err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [r["nfe"] for r in metrics["teacher"]] == [100, 8, 4, 2]
+    assert [r["nfe"] for r in metrics["teacher"]] == [100, 16, 8, 4, 2]
     assert list(metrics["students"]) == ["dmd"] and metrics["seeds"] == [1]
     (rows,) = metrics["students"]["dmd"]
     assert [r["name"] for r in rows] == [f"student {n}, x0" for n in (1, 2, 4, 8)]

@@ -1,9 +1,21 @@
+import math
+
 import pytest
 import torch
 from PIL import Image
 from small import embedded
 
-from digits.exam import Exam, cached_samples, effective_number, exam_table, format_table, read_scene
+from digits.exam import (
+    ROWS,
+    Exam,
+    cached_samples,
+    draw_rows,
+    effective_number,
+    exam_table,
+    format_table,
+    read_scene,
+    teacher_rows,
+)
 from digits.judge import Verdict
 from digits.words import SceneText
 from measure.distances import to_uint8
@@ -21,6 +33,7 @@ def test_effective_number_counts_equally_likely_choices():
     assert effective_number(uniform, everywhere) == pytest.approx(4, rel=0.01)
     mixed = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [9, 9, 9, 9]])  # pairs that agree: 4 of 24
     assert effective_number(mixed, everywhere) == pytest.approx(6)
+    assert effective_number(torch.arange(8).repeat(3, 1), everywhere) == math.inf
 
 
 def seen(axis, digits, colours) -> Verdict:
@@ -101,6 +114,29 @@ def test_the_teachers_samples_in_assets_are_its_own(exam):
     )
 
 
+def test_the_teachers_rows_in_assets_are_its_own(exam, monkeypatch, tmp_path):
+    """Those that cost little once more; damaged, of another judge or absent they are drawn."""
+    teacher, cheap = embedded(), ("real, held out", "teacher 50, guided", "teacher 1, unguided")
+    kept = teacher_rows(exam, teacher)
+    monkeypatch.setattr("digits.exam.product", lambda *_: [(False, 1)])
+    drawn = {row["name"]: row for row in draw_rows(exam, teacher)}
+    for name in cheap:
+        (row,), again = [row for row in kept if row["name"] == name], drawn[name]
+        assert row.keys() == again.keys() and row["nfe"] == again["nfe"]
+        for measure in row.keys() - {"name"}:
+            assert row[measure] == pytest.approx(again[measure], rel=1e-3, abs=0.06), measure
+    monkeypatch.setattr("digits.exam.draw_rows", lambda *_: "drawn")
+    exam.judge.head[-1].bias.data.add_(1)
+    assert teacher_rows(exam, teacher) == "drawn", "of another judge"
+    exam.judge.head[-1].bias.data.sub_(1)
+    monkeypatch.setattr("digits.exam.ASSETS", tmp_path)
+    for text in ("", "[]", '{"rows": []}'):
+        (tmp_path / ROWS).write_text(text)
+        assert teacher_rows(exam, teacher) == "drawn"
+    (tmp_path / ROWS).unlink()
+    assert teacher_rows(exam, teacher) == "drawn"
+
+
 @pytest.mark.filterwarnings("ignore:.*do not span")
 def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     """A small exam, for which the teacher's samples are drawn on the spot; guidance costs double.
@@ -111,13 +147,13 @@ def test_the_table_has_every_sampler_with_its_evaluations(tmp_path):
     small.ask_teacher(teacher)
     assert len(small.floor) == 40 and small.reference.shape == (32, 96)
     rows = {row["name"]: row for row in exam_table(small, teacher, (1.0, 0.3), teacher)}
-    assert len(rows) == 2 + 4 + 4 + 8
+    assert len(rows) == 2 + 4 + 4 + 4 + 1
     wanted = {"teacher 50, guided": 100, "teacher 4, guided": 8, "teacher 4, unguided": 4}
     wanted |= {"student 8, x0": 8, "student 2, euler": 2}
     assert {name: rows[name]["nfe"] for name in wanted} == wanted
     own = small.row(small.sample(teacher, [1.0, 0.3], "x0"))
     assert rows["student 2, x0"]["fd"] == pytest.approx(own["fd"])
     table = format_table(list(rows.values())).splitlines()
-    assert len(table) == 20 and len(set(map(len, table))) == 1, "columns must line up"
+    assert len(table) == 17 and len(set(map(len, table))) == 1, "columns must line up"
     small.pictures(tmp_path / "p.png", teacher, teacher, (1.0, 0.3))
     assert Image.open(tmp_path / "p.png").width > 800
