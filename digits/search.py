@@ -48,6 +48,10 @@ CHANGES = {
     "chosen-fake6": f"{CHOSEN} --lr-fake 6e-4",
     "chosen-isg5": f"{CHOSEN} --w-isg 5",
     "chosen-unshifted": f"{CHOSEN} --shift 1 --taus 1 .857142857 .666666667 .4",
+    "chosen-600": f"{CHOSEN} --steps 600",
+    "chosen-600-ttur4": f"{CHOSEN} --steps 600 --ttur 4",
+    "chosen-500": f"{CHOSEN} --steps 500",
+    "chosen-500-ttur3": f"{CHOSEN} --steps 500 --ttur 3",
     "two-a": f"{GAN} --student-steps 2",
     "two-b": "--lr-fake 5e-4 --w-isg 3 --p-backward 1 --student-steps 2 --taus 1 .55",
     "two-c": "--lr-fake 5e-4 --guidance-dmd 1 2.2 --w-isg 4 --w-gan .3 --p-backward 1 "

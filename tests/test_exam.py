@@ -104,7 +104,7 @@ def test_the_teachers_samples_in_assets_are_its_own(exam):
     cfg = find("digits").preset
     teacher = embedded()
     kept = cached_samples(exam.fingerprint(teacher))
-    assert kept is not None, "they are of another teacher: python pretrain.py samples"
+    assert kept is not None, "they are of another teacher: python -m digits.pretrain samples"
     for seed in (0, 1):
         made = exam.sample(teacher, grid(teacher.schedule, 50), "euler", True, seed, count=8)
         assert (to_uint8(made).int() - to_uint8(kept[seed][:8]).int()).abs().max() <= 1
