@@ -60,7 +60,7 @@ class SpectralConv(nn.Module):
         return self.weight / (self.u @ matrix @ v)
 
     def forward(self, x: Tensor) -> Tensor:
-        if p := self.padding:  # in a circle; on a CPU several times as fast as F.pad
+        if p := self.padding:  # in a circle; on a CPU in half the time of F.pad
             x = torch.cat([x[:, :, -p:], x, x[:, :, :p]], dim=2)
             x = torch.cat([x[..., -p:], x, x[..., :p]], dim=3)
         return F.conv2d(x, self.normalised(), self.bias, stride=self.stride)
@@ -78,7 +78,7 @@ class GroupStatistics(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        def norm(part: Tensor) -> Tensor:  # F.batch_norm, which refuses a group of one value
+        def norm(part: Tensor) -> Tensor:  # F.batch_norm refuses one value a channel
             affine, memory = (self.weight, self.bias), (None, None)
             return torch.batch_norm(part, *affine, *memory, True, 0.0, 1e-5, False)
 
