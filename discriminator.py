@@ -79,8 +79,8 @@ class GroupStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def norm(part: Tensor) -> Tensor:  # F.batch_norm refuses one value a channel
-            affine, memory = (self.weight, self.bias), (None, None)
-            return torch.batch_norm(part, *affine, *memory, True, 0.0, 1e-5, False)
+            how = {"training": True, "momentum": 0.0, "eps": 1e-5, "cudnn_enabled": False}
+            return torch.batch_norm(part, self.weight, self.bias, None, None, **how)
 
         return torch.cat([norm(part) for part in x.split(self.group)])
 
