@@ -12,13 +12,16 @@ from engine.flags import ablation_arguments
 # Where the search began, in full: the preset until "chosen" became it.
 START = (
     "--lr 1.5e-4 --lr-fake 1.2e-3 --lr-disc 5e-4 --lr-warmup 50 --lr-start 0 --lr-final 0.1 "
-    "--betas .9 .999 --ema 0.98 --batch 32 --steps 750 --t-fake uniform --p-backward .5 "
-    "--w-isg 5 --w-gan 0.15 --guidance-dmd 1.3 2.7 --guidance-isg 2 2"
+    "--betas .9 .999 --ema 0.98 --batch 32 --steps 750 --ttur 5 --t-fake uniform "
+    "--p-backward .5 --w-isg 5 --w-gan 0.15 --guidance-dmd 1.3 2.7 --guidance-isg 2 2"
 )
 SLOW, LOW = "--lr-fake 1e-4", "--lr-fake 1e-4 --guidance-dmd 1 2"
 GAN, HIGHER = f"{LOW} --w-gan .3", "--lr-fake 1e-4 --guidance-dmd 1 2.2 --w-gan .3"
 FAKE3 = "--lr-fake 3e-4 --guidance-dmd 1 2.2 --w-gan .3 --p-backward .8 --w-isg 8"
 CHOSEN = f"{FAKE3} --betas 0 .999"
+TWO = "--student-steps 2 --p-backward 1 --taus 1 .55"
+OFTEN = "--ttur 2 --lr 3e-4 --lr-fake 1e-3 --w-isg .3 --no-gan --steps 1200"  # the student learns
+ONE = "--student-steps 1 --ttur 2 --guidance-dmd 1.5 3.5 --no-gan --steps 1200"
 CHANGES = {
     "start": "",
     "slow": SLOW,
@@ -58,8 +61,17 @@ CHANGES = {
     "--student-steps 2 --taus 1 .55",
     "two-d": "--lr-fake 5e-4 --betas 0 .999 --w-isg 3 --p-backward 1 "
     "--student-steps 2 --taus 1 .55",
+    "two-e": f"{TWO} --lr-fake 5e-4 --w-isg 8",
+    "two-f": f"{TWO} --lr-fake 5e-4 --w-isg 3 --ttur 3",
+    "two-k": f"{TWO} --lr 2.5e-4 --lr-fake 1e-3 --w-isg 5 --ttur 2 --steps 1000",
+    "two-m": f"--student-steps 2 --guidance-dmd 1.2 2.6 {OFTEN}",
+    "two-chosen": f"--student-steps 2 --guidance-dmd 1.5 3.5 {OFTEN}",
     "one-t2": "--student-steps 1 --ttur 2 --lr 3e-4 --lr-fake 5e-4 --guidance-dmd 1.5 3.5 "
     "--w-isg 3 --no-gan --steps 600",
+    "one-d": f"{ONE} --lr-fake 5e-4 --w-isg .3",
+    "one-f": f"{ONE} --lr 3e-4 --lr-fake 5e-4 --no-isg",
+    "one-h": f"{ONE} --lr 5e-4 --lr-fake 2e-3 --w-isg .3",
+    "one-chosen": f"--student-steps 1 --guidance-dmd 1.5 3.5 {OFTEN}",
     "rescale": "--guidance-rescale .7",  # the knobs that presets leave off, beside "start"
     "t-guidance": "--t-guidance logit-normal",
     "anchor-weights": "--anchor-weights .5 1 1 1.5",

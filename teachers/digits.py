@@ -41,9 +41,11 @@ FEWER = {
     "p_backward": 0.5,
     "w_isg": 0.3,
     "w_gan": 0.0,
-    "steps": 600,
+    "steps": 1200,
+    "ttur": 2,
     "betas": (0.9, 0.999),
-    "lr_fake": 5e-4,
+    "lr": 3e-4,
+    "lr_fake": 1e-3,
 }
 
 

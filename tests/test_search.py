@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 from test_ablation import row
 
 import train
@@ -30,10 +31,14 @@ def test_a_setting_is_the_start_with_what_its_title_says(monkeypatch):
     assert len({repr(cfg) for cfg in seen.values()}) == len(seen)
 
 
-def test_the_chosen_setting_is_the_preset(monkeypatch):
-    """Of every value; at two steps and one the preset is another."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags_of("", 5, None)])
-    assert config_of("chosen", monkeypatch) == train.train_arguments(None)[0]
+@pytest.mark.parametrize(
+    "kind, steps", [("chosen", 4), ("two-chosen", 2), ("one-chosen", 1)], ids=["4", "2", "1"]
+)
+def test_the_chosen_setting_is_the_preset(monkeypatch, kind, steps):
+    """Of every value, for each number of steps."""
+    own = f"--student-steps {steps}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags_of(own, 5, None)])
+    assert config_of(kind, monkeypatch) == train.train_arguments(None)[0]
 
 
 def test_the_table_has_each_setting_at_its_own_steps(command, monkeypatch, tmp_path):
