@@ -20,8 +20,9 @@ GAN, HIGHER = f"{LOW} --w-gan .3", "--lr-fake 1e-4 --guidance-dmd 1 2.2 --w-gan 
 FAKE3 = "--lr-fake 3e-4 --guidance-dmd 1 2.2 --w-gan .3 --p-backward .8 --w-isg 8"
 CHOSEN = f"{FAKE3} --betas 0 .999"
 TWO = "--student-steps 2 --p-backward 1 --taus 1 .55"
-OFTEN = "--ttur 2 --lr 3e-4 --lr-fake 1e-3 --w-isg .3 --no-gan --steps 1200"  # the student learns
-ONE = "--student-steps 1 --ttur 2 --guidance-dmd 1.5 3.5 --no-gan --steps 1200"
+LONGER = (  # 600 student updates
+    "--guidance-dmd 1.5 3.5 --ttur 2 --lr 3e-4 --lr-fake 1e-3 --w-isg .3 --w-gan 0 --steps 1200"
+)
 CHANGES = {
     "start": "",
     "slow": SLOW,
@@ -56,22 +57,19 @@ CHANGES = {
     "chosen-500": f"{CHOSEN} --steps 500",
     "chosen-500-ttur3": f"{CHOSEN} --steps 500 --ttur 3",
     "two-a": f"{GAN} --student-steps 2",
-    "two-b": "--lr-fake 5e-4 --w-isg 3 --p-backward 1 --student-steps 2 --taus 1 .55",
-    "two-c": "--lr-fake 5e-4 --guidance-dmd 1 2.2 --w-isg 4 --w-gan .3 --p-backward 1 "
-    "--student-steps 2 --taus 1 .55",
-    "two-d": "--lr-fake 5e-4 --betas 0 .999 --w-isg 3 --p-backward 1 "
-    "--student-steps 2 --taus 1 .55",
+    "two-b": f"{TWO} --lr-fake 5e-4 --w-isg 3",
+    "two-c": f"{TWO} --lr-fake 5e-4 --guidance-dmd 1 2.2 --w-isg 4 --w-gan .3",
+    "two-d": f"{TWO} --lr-fake 5e-4 --betas 0 .999 --w-isg 3",
     "two-e": f"{TWO} --lr-fake 5e-4 --w-isg 8",
     "two-f": f"{TWO} --lr-fake 5e-4 --w-isg 3 --ttur 3",
     "two-k": f"{TWO} --lr 2.5e-4 --lr-fake 1e-3 --w-isg 5 --ttur 2 --steps 1000",
-    "two-m": f"--student-steps 2 --guidance-dmd 1.2 2.6 {OFTEN}",
-    "two-chosen": f"--student-steps 2 --guidance-dmd 1.5 3.5 {OFTEN}",
-    "one-t2": "--student-steps 1 --ttur 2 --lr 3e-4 --lr-fake 5e-4 --guidance-dmd 1.5 3.5 "
-    "--w-isg 3 --no-gan --steps 600",
-    "one-d": f"{ONE} --lr-fake 5e-4 --w-isg .3",
-    "one-f": f"{ONE} --lr 3e-4 --lr-fake 5e-4 --no-isg",
-    "one-h": f"{ONE} --lr 5e-4 --lr-fake 2e-3 --w-isg .3",
-    "one-chosen": f"--student-steps 1 --guidance-dmd 1.5 3.5 {OFTEN}",
+    "two-m": f"--student-steps 2 {LONGER} --guidance-dmd 1.2 2.6",
+    "two-chosen": f"--student-steps 2 {LONGER}",
+    "one-t2": f"--student-steps 1 {LONGER} --lr-fake 5e-4 --w-isg 3 --steps 600",
+    "one-d": f"--student-steps 1 {LONGER} --lr 1.5e-4 --lr-fake 5e-4",
+    "one-f": f"--student-steps 1 {LONGER} --lr-fake 5e-4 --w-isg 0",
+    "one-h": f"--student-steps 1 {LONGER} --lr 5e-4 --lr-fake 2e-3",
+    "one-chosen": f"--student-steps 1 {LONGER}",
     "rescale": "--guidance-rescale .7",  # the knobs that presets leave off, beside "start"
     "t-guidance": "--t-guidance logit-normal",
     "anchor-weights": "--anchor-weights .5 1 1 1.5",
